@@ -1,0 +1,469 @@
+"""`Op`, what a user holds, and `@op`, which makes one: here the rooms below are tied together."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+import torch
+
+from opkit import _registry, _torch
+from opkit.cpp.light import Source
+from opkit.dispatch import preference, select, table
+from opkit.dispatch.run import Runner
+from opkit.dispatch.select import Candidate, Explanation
+from opkit.errors import DuplicateOpError, RegistrationError, SchemaError
+from opkit.spec import plan as plans
+from opkit.spec import schema as schemas
+from opkit.spec import shapes as shape_lines
+from opkit.spec.plan import Plan
+from opkit.spec.schema import Schema, describe
+from opkit.transforms import gradient
+from opkit.transforms.formula import Formula, FunctionFormula, NoFormula, OpFormula, ReferenceFormula, from_reference
+
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound="Source | Callable[..., Any]")
+
+
+class Op(Generic[P, R]):
+    """An operator: a named contract with kernels, callable like the function that declares it.
+
+    Made by `opkit.op`. In torch it is an ordinary overload, `torch.ops.<namespace>.<name>.default`.
+
+    Attributes:
+        name: the qualified name, `namespace::name`.
+        schema: the schema; `str(op.schema)` is torch's text.
+        reference: the decorated function, which says what every kernel must compute.
+        overload: the `torch.ops` overload.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        reference: Callable[P, R],
+        *,
+        plan: Plan | None = None,
+        tags: Sequence[torch.Tag] = (),
+    ) -> None:
+        self.name = schema.name
+        self.schema = schema
+        self.reference = reference
+        self._plan = plan
+        self._meta: Callable[..., Any] | None = None
+        self._formula: Formula = NoFormula(schema)
+        self._table = table.KernelTable(schema, reference)
+        self._runner = Runner(self._table, plan, self._meta_of_native)
+        self._named = schema.container if schema.container is not tuple else None
+        self._alone = schema.container is not None and len(schema.results) == 1
+        self._variant: Any = None
+        functools.update_wrapper(self, reference)
+        self._tags = (torch.Tag.pt2_compliant_tag, *tags)
+        self._library = torch.library.Library(schema.namespace, "FRAGMENT")
+        self.overload = self._define("")
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_dynamo_compiling():
+            wanted = preference.traced()
+            if wanted is not None:
+                _ensure_variant(self)
+                return self._packed(self._variant(*args, **kwargs, opkit_backend=wanted))
+        return self._packed(self.overload(*args, **kwargs))
+
+    def _packed(self, result: Any) -> R:
+        if self._alone:
+            result = (result,)
+        if self._named is not None:
+            result = self._named(*result)
+        return result  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        devices: dict[str, list[str]] = {}
+        for kernel in self._table.all():
+            if kernel is not self._table.reference:
+                devices.setdefault(kernel.device, []).append(kernel.backend)
+        parts = [f"{device}: {', '.join(names)}" for device, names in devices.items()]
+        return f"<opkit.Op {self.name} ({'; '.join([*parts, 'reference'])})>"
+
+    def __reduce__(self) -> Any:
+        return _restore, (self.__module__, self.name)
+
+    # ---------------------------------------------------------------- registering
+
+    def register_fake(self, function: F) -> F:
+        """Replace the meta function that the shape line gives.
+
+        It takes the op's arguments and returns empty tensors with the outputs' shape, dtype, device and
+        strides. It runs while tracing and on the `meta` device, and never sees data. Also a decorator.
+
+        Raises:
+            RegistrationError: its signature is not that of the op.
+
+        Example:
+            >>> import opkit, torch
+            >>> @opkit.op("doc::total")
+            ... def total(x: torch.Tensor) -> torch.Tensor:
+            ...     return x.sum()
+            >>> @total.register_fake
+            ... def _(x):
+            ...     return x.new_empty(())
+            >>> total(torch.ones(3, device="meta")).shape
+            torch.Size([])
+        """
+        self._check_signature(function, "a meta function")
+        self._meta = function
+        self._runner.without_plan()
+        return function
+
+    register_meta = register_fake
+
+    @overload
+    def register_kernel(
+        self,
+        device: str,
+        function: None = None,
+        *,
+        backend: str | None = None,
+        dtypes: Iterable[torch.dtype] | None = None,
+        when: Callable[..., bool | str] | None = None,
+        priority: int = 0,
+        source: str | None = None,
+    ) -> Callable[[F], F]: ...
+
+    @overload
+    def register_kernel(
+        self,
+        device: str,
+        function: S,
+        *,
+        backend: str | None = None,
+        dtypes: Iterable[torch.dtype] | None = None,
+        when: Callable[..., bool | str] | None = None,
+        priority: int = 0,
+        source: str | None = None,
+    ) -> S: ...
+
+    def register_kernel(
+        self,
+        device: str,
+        function: Any = None,
+        *,
+        backend: str | None = None,
+        dtypes: Iterable[torch.dtype] | None = None,
+        when: Callable[..., bool | str] | None = None,
+        priority: int = 0,
+        source: str | None = None,
+    ) -> Any:
+        """Add a kernel for a device. Also a decorator.
+
+        Args:
+            device: torch's device type, such as `cpu` or `cuda`.
+            function: a Python function with the op's signature, or `opkit.cpp.kernel(...)`.
+            backend: the name of the way it is written; `python`, or that of the native source.
+            dtypes: take only calls whose first tensor has one of these.
+            when: called with all arguments, keyword-only ones by name; returns True, or False or a
+                reason (str) why the kernel cannot take the call. Not called while tracing.
+            priority: higher ones are tried first.
+            source: who registers it, for `explain`; by default the function's place.
+
+        Raises:
+            RegistrationError: the device is unknown, or the function does not fit the op.
+
+        Example:
+            >>> import opkit, torch
+            >>> @opkit.op("doc::double", shapes="*b -> *b")
+            ... def double(x: torch.Tensor) -> torch.Tensor:
+            ...     return 2 * x
+            >>> @double.register_kernel("cpu", backend="add", dtypes=(torch.float32,))
+            ... def _(x):
+            ...     return x + x
+            >>> double.explain(torch.ones(2)).selected
+            'add'
+        """
+        if function is None:
+            return lambda f: self.register_kernel(
+                device, f, backend=backend, dtypes=dtypes, when=when, priority=priority, source=source
+            )
+        kernel = table.make_kernel(
+            self.schema,
+            device,
+            function,
+            backend=backend,
+            dtypes=dtypes,
+            when=when,
+            priority=priority,
+            source=source,
+        )
+        if not isinstance(function, Source):
+            self._check_signature(function, f"a {kernel.backend} kernel")
+        self._table.add(kernel)
+        return function
+
+    def register_autograd(
+        self,
+        backward: Any = None,
+        setup_context: Callable[..., None] | None = None,
+        *,
+        saves: Sequence[str] = (),
+        non_differentiable: Sequence[str] = (),
+    ) -> Any:
+        """Say how the op is differentiated, in one of three forms. Also a decorator.
+
+        - A function: `backward(ctx, *grads)` gets one gradient per output and returns one per argument (None
+          where there is none); `setup_context(ctx, inputs, output)` saves what it needs, with all arguments
+          in schema order and the outputs as the caller gets them.
+        - An Op: it is called with one gradient per differentiable output, then the values named in `saves`
+          (arguments and outputs), and returns one gradient per differentiable Tensor argument.
+        - `opkit.from_reference`: the reference is run again in backward and differentiated by torch.
+
+        Args:
+            backward: the formula.
+            setup_context: for the function form.
+            saves: for the Op form, names of arguments and outputs (`out`, or `out0`, `out1`, … where the
+                results have no names).
+            non_differentiable: outputs and arguments that have no gradient.
+
+        Raises:
+            RegistrationError: a name does not exist, or the Op's signature does not fit.
+
+        Example:
+            >>> import opkit, torch
+            >>> @opkit.op("doc::square", shapes="*b -> *b")
+            ... def square(x: torch.Tensor) -> torch.Tensor:
+            ...     return x * x
+            >>> square.register_autograd(opkit.from_reference)
+            from_reference
+            >>> x = torch.tensor([3.0], requires_grad=True)
+            >>> square(x).backward()
+            >>> x.grad
+            tensor([6.])
+        """
+        if backward is None:
+            return lambda b: self.register_autograd(
+                b, setup_context, saves=saves, non_differentiable=non_differentiable
+            )
+        self._check_names(non_differentiable)
+        is_function = not isinstance(backward, Op) and backward is not from_reference
+        if saves and not isinstance(backward, Op):
+            raise self._registration_error(
+                "the gradient", "saves= with a formula that is not an op", "saves= with the Op form only",
+                "Save values in setup_context, or leave saves= out",
+            )  # fmt: skip
+        if setup_context is not None and not is_function:
+            raise self._registration_error(
+                "the gradient", "setup_context with a formula that is not a function",
+                "setup_context with the function form only", "Name the values in saves=",
+            )  # fmt: skip
+        if isinstance(backward, Op):
+            self._formula = OpFormula(self.schema, self._plan, backward, saves, non_differentiable)
+        elif backward is from_reference:
+            self._formula = ReferenceFormula(self.schema, self.reference, non_differentiable)
+        elif callable(backward):
+            self._formula = FunctionFormula(self.schema, backward, setup_context, non_differentiable)
+        else:
+            raise self._registration_error(
+                "the gradient", repr(backward), "a function, an Op or opkit.from_reference", "Pass one of these"
+            )
+        return backward
+
+    # ---------------------------------------------------------------- asking
+
+    @property
+    def kernels(self) -> tuple[Candidate, ...]:
+        """The kernels on every device, those of plugins included, as `explain` records them."""
+        return select.listing(self._table)
+
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
+        """Say which kernel a call with these arguments would run, and why not the others.
+
+        Compiles nothing. The result prints as a table; `.candidates` has the records, `.selected` the
+        backend.
+
+        Example:
+            >>> import opkit, torch
+            >>> from opkit_kernels import vector_add
+            >>> vector_add.explain(torch.ones(2), torch.ones(2)).selected
+            'cpp'
+        """
+        return select.explain(self._table, self.schema.fill(args, kwargs))
+
+    # ---------------------------------------------------------------- torch's side
+
+    def _define(self, variant: str) -> Any:
+        """Define an overload of the op in torch: the op itself, or the variant that carries a preference."""
+        schema, name = self.schema, self.schema.opname + (f".{variant}" if variant else "")
+        extra = "str opkit_backend" if variant else ""
+        try:
+            self._library.define(schema.declaration(name, extra), tags=self._tags)
+        except RuntimeError as err:
+            raise DuplicateOpError(
+                f"declaring {self.name} from {describe(self.reference)}: torch refused it: "
+                f"{str(err).splitlines()[0]} Expected a name that no other library of this process defines. "
+                "Choose another name or namespace.",
+                op=self.name,
+            ) from None
+        packet = getattr(getattr(torch.ops, schema.namespace), schema.opname)
+        target = getattr(packet, variant or "default")
+
+        def run(*args: Any, opkit_backend: str, **kwargs: Any) -> Any:
+            return self._runner.preferring(opkit_backend, *args, **kwargs)
+
+        _torch.register_meta(self._library, name, self._run_meta, describe(self.reference))
+        implement = self._library.impl
+        implement(name, run if variant else self._runner, "CompositeExplicitAutograd")
+        kernel = gradient.autograd_kernel(schema, target, lambda: self._formula)
+        implement(name, kernel, "Autograd", with_keyset=True)
+        if any(p.mutated for p in schema.params):
+            implement(name, gradient.version_kernel(schema, target), "ADInplaceOrView", with_keyset=True)
+        return target
+
+    def _destroy(self) -> None:
+        _torch.destroy(self._library)
+
+    def _run_meta(self, *args: Any, opkit_backend: str | None = None, **kwargs: Any) -> Any:
+        schema = self.schema
+        values = schema.fill(args, kwargs)
+        if self._meta is not None:
+            args, kwargs = schema.split(values)
+            return schema.raw(schema.flatten(self._meta(*args, **kwargs)))
+        if not schema.results:
+            return None
+        if self._plan is None:
+            raise RegistrationError(
+                f"tracing {self.name}: nothing says the shapes of its outputs; expected a shape line or a meta "
+                "function. Declare it with shapes=, or register one with register_fake.",
+                op=self.name,
+            )
+        metas, device = self._plan.infer(*values)
+        return schema.raw([torch.empty(m.shape, dtype=m.dtype, device=device) for m in metas])
+
+    def _meta_of_native(self, *values: Any) -> Any:
+        """Return the outputs' metadata as tensors on the meta device."""
+        args, kwargs = self.schema.split([_to_meta(v) for v in values])
+        return self.overload(*args, **kwargs)
+
+    # ---------------------------------------------------------------- checking registrations
+
+    def _check_signature(self, function: Callable[..., Any], what: str) -> None:
+        """Raise unless `function` can be called with the op's arguments, in their order."""
+        if not callable(function):
+            raise self._registration_error(what, repr(function), "a function", "Pass one")
+        try:
+            own = inspect.signature(function)
+        except ValueError:  # a builtin without a signature: it is found out when it is called
+            return
+        names = [p.name for p in self.schema.params]
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        theirs = [p.name for p in own.parameters.values() if p.kind in positional]
+        swapped = set(theirs) <= set(names) and [n for n in names if n in theirs] != theirs
+        try:
+            own.bind(*self.schema.positional, **{p.name: p for p in self.schema.keyword_only})
+        except TypeError:
+            swapped = True
+        if swapped:
+            raise self._registration_error(
+                what,
+                f"{describe(function)} with the signature {own}",
+                f"the op's arguments ({', '.join(names)}) in this order",
+                "Change its parameters",
+            )
+
+    def _check_names(self, non_differentiable: Sequence[str]) -> None:
+        names = [p.name for p in self.schema.params] + [r.name for r in self.schema.results]
+        for name in [non_differentiable] if isinstance(non_differentiable, str) else non_differentiable:
+            if name not in names:
+                raise self._registration_error(
+                    "the gradient", f"non_differentiable names {name!r}", f"one of {', '.join(names)}",
+                    "Name arguments or outputs of the op",
+                )  # fmt: skip
+
+    def _registration_error(self, what: str, found: str, expected: str, advice: str) -> RegistrationError:
+        return RegistrationError(
+            f"registering {what} of {self.name}: found {found}; expected {expected}. {advice}.", op=self.name
+        )
+
+
+def op(
+    name: str,
+    *,
+    shapes: str | None = None,
+    mutates_args: Sequence[str] = (),
+    tags: Sequence[torch.Tag] = (),
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Make the decorated function an op.
+
+    The function becomes the op's reference: it says what the op computes, is the oracle in tests, and
+    runs where no kernel can. The op keeps its signature, defaults and docstring.
+
+    Args:
+        name: `namespace::name`.
+        shapes: the shape line, one entry per Tensor argument and per Tensor result. The meta function is
+            derived from it, calls are checked against it, and native kernels get their outputs by it.
+            Outputs are contiguous, with the first tensor's dtype and device unless a suffix says otherwise.
+        mutates_args: names of Tensor arguments that the op writes into.
+        tags: torch tags to define the op with, beside `pt2_compliant_tag`.
+
+    Raises:
+        SchemaError: the name has no namespace, or an annotation is not one that an op can have.
+        ShapeError: the shape line does not fit the signature.
+        DuplicateOpError: another function has defined this name.
+
+    Example:
+        >>> import opkit, torch
+        >>> from torch import Tensor
+        >>> @opkit.op("doc::scale", shapes="*b n, n -> *b n")
+        ... def scale(x: Tensor, factor: Tensor, power: int = 1) -> Tensor:
+        ...     return x * factor**power
+        >>> print(scale.schema)
+        doc::scale(Tensor x, Tensor factor, SymInt power=1) -> (Tensor)
+        >>> scale(torch.ones(2, 3), torch.full((3,), 2.0), power=3)
+        tensor([[8., 8., 8.],
+                [8., 8., 8.]])
+    """
+    if callable(name):
+        raise SchemaError(
+            f"declaring an op from {describe(name)}: @opkit.op was used without a name; expected "
+            f'namespace::name. Write @opkit.op("mylib::{getattr(name, "__name__", "my_op")}").'
+        )
+    schemas.check_name(name)
+    scope = dict(sys._getframe(1).f_locals)
+
+    def decorate(function: Callable[P, R]) -> Op[P, R]:
+        mutated = [mutates_args] if isinstance(mutates_args, str) else list(mutates_args)
+        schema = schemas.from_function(name, function, mutates=mutated, scope=scope)
+        plan = None
+        if shapes is not None:
+            plan = plans.bind(shape_lines.parse(shapes, op=name), schema, shapes)
+        _registry.make_room(name, function)
+        made = Op(schema, function, plan=plan, tags=tags)
+        _registry.add(made)
+        return made
+
+    return decorate
+
+
+def _restore(module: str, name: str) -> Op[..., Any]:
+    """Return an op in another process: import the module that defines it, then look it up."""
+    importlib.import_module(module)
+    return _registry.get(name)
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, (list, tuple)):
+        return [_to_meta(v) for v in value]
+    return value
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ensure_variant(made: Op[..., Any]) -> bool:
+    """Define the overload that takes its preferred backends as an argument; Dynamo runs this as it traces."""
+    if made._variant is None:
+        made._variant = made._define("opkit_using")
+    return True

@@ -1,0 +1,115 @@
+"""Every op by name, and what others want to register on ops, now or when they appear.
+
+A store, nothing more: it does not know how an op is made or what is registered on it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from opkit.dispatch import sources
+from opkit.errors import DuplicateOpError, OpNotFoundError, did_you_mean
+from opkit.spec.schema import check_name, describe
+
+if TYPE_CHECKING:
+    from opkit._op import Op
+
+_ops: dict[str, Op[..., Any]] = {}
+_additions: dict[str, list[Callable[[Op[..., Any]], object]]] = {}
+_lock = threading.RLock()
+
+
+def find(name: str) -> Op[..., Any] | None:
+    """Return the op `namespace::name`, or None. Installed plugins are asked for it.
+
+    Raises:
+        SchemaError: `name` is not `namespace::name`.
+    """
+    check_name(name)
+    if name not in _ops:
+        sources.consult_for_ops()
+    return _ops.get(name)
+
+
+def get(name: str) -> Op[..., Any]:
+    """Return the op `namespace::name`.
+
+    Raises:
+        OpNotFoundError: nobody defined it; the text lists the ops that exist.
+        SchemaError: `name` is not `namespace::name`.
+
+    Example:
+        >>> import opkit
+        >>> opkit.get("opkit::rms_norm").name
+        'opkit::rms_norm'
+    """
+    op = find(name)
+    if op is None:
+        known = list_ops()
+        raise OpNotFoundError(
+            f"looking up {name}: no op has that name; defined are {', '.join(known) or 'none'}."
+            f"{did_you_mean(name, known)} Import the module that defines it, or install its plugin.",
+            op=name,
+        )
+    return op
+
+
+def list_ops() -> list[str]:
+    """Return the names of all ops, those of installed plugins included."""
+    sources.consult_for_ops()
+    return sorted(_ops)
+
+
+def add(op: Op[..., Any]) -> None:
+    """Enter an op, and apply to it what was waiting for it."""
+    with _lock:
+        _ops[op.name] = op
+        additions = list(_additions.get(op.name, ()))
+    for addition in additions:
+        addition(op)
+
+
+def remove(name: str) -> None:
+    """Forget an op and take its definition back from torch; an unknown name is ignored."""
+    with _lock:
+        op = _ops.pop(name, None)
+    if op is not None:
+        op._destroy()
+
+
+def when_defined(name: str, addition: Callable[[Op[..., Any]], object]) -> None:
+    """Apply `addition` to the op `name`: now if it exists, whenever it is (re)defined otherwise."""
+    check_name(name)
+    with _lock:
+        _additions.setdefault(name, []).append(addition)
+        op = _ops.get(name)
+    if op is not None:
+        addition(op)
+
+
+def make_room(name: str, function: Callable[..., Any]) -> None:
+    """Remove the op that `function` redefines, which it may if both come from the same place.
+
+    Raises:
+        DuplicateOpError: `name` is defined by another function.
+    """
+    old = _ops.get(name)
+    if old is None:
+        return
+    if not _same_place(old.reference, function):
+        raise DuplicateOpError(
+            f"declaring {name}: found two definitions, {describe(old.reference)} and {describe(function)}; "
+            "expected one. Give one of them another name or namespace, or remove it.",
+            op=name,
+        )
+    remove(name)
+
+
+def _same_place(old: Callable[..., Any], new: Callable[..., Any]) -> bool:
+    """Whether `new` is `old` defined again: a re-run notebook cell, a reloaded module."""
+    if getattr(old, "__qualname__", None) != getattr(new, "__qualname__", None):
+        return False
+    files = [getattr(getattr(f, "__code__", None), "co_filename", None) for f in (old, new)]
+    return files[0] == files[1] or old.__module__ == new.__module__

@@ -1,0 +1,71 @@
+"""The one place where opkit touches what is private in torch.
+
+Each entry says which upstream code it stands on, for which versions it was read (2.11 to 2.15),
+and when it may go. Nothing else in opkit uses a name of torch that starts with an underscore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# torch/_library/autograd.py uses these three for the Python autograd kernel of custom_op. They go
+# when torch offers "redispatch below autograd" publicly.
+below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
+after_autograd: Any = torch._C._after_autograd_keyset
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
+
+# torch/_library/custom_ops.py uses it in the ADInplaceOrView kernel of mutating custom ops.
+after_inplace_or_view: Any = torch._C._after_ADInplaceOrView_keyset
+
+# Whether two tensors share a storage; untyped_storage() would create two Python objects for it.
+is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of
+
+# Objects that torch carries to autograd's own threads (at::ThreadLocalState). pytorch has no public
+# way to do that; torch/_dynamo and torch/distributed use the same two.
+_STASHED = "opkit"
+
+
+def stash(value: Any) -> None:
+    """Keep `value` for this thread and for the autograd threads that work on its behalf."""
+    torch._C._stash_obj_in_tls(_STASHED, value)
+
+
+def stashed() -> Any:
+    """Return what `stash` kept, or None."""
+    return torch._C._get_obj_in_tls(_STASHED) if torch._C._is_key_in_tls(_STASHED) else None
+
+
+def register_meta(library: torch.library.Library, name: str, function: Callable[..., Any], source: str) -> None:
+    """Register the meta function of an op defined in `library`.
+
+    `Library._register_fake` looks up the source text of its caller, which takes 0.45 ms per op;
+    opkit knows the source already (torch/_library/fake_impl.py, FakeImplHolder.register).
+    """
+    entry = torch._library.simple_registry.singleton.find(f"{library.ns}::{name}")
+    handle = entry.fake_impl.register(function, source, lib=library)
+    library._registration_handles.append(handle)
+
+
+def destroy(library: torch.library.Library) -> None:
+    """Take back everything that was defined and registered through `library`."""
+    library._destroy()
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether `tensor` carries a forward-mode tangent."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def dispatch_key(device: str) -> str:
+    """Return the name of the dispatch key of a device type (torch/library.py uses the same)."""
+    return str(torch._C._dispatch_key_for_device(device))
+
+
+def privateuse_name() -> str:
+    """Return the name under which PrivateUse1 goes now."""
+    return str(torch._C._get_privateuse1_backend_name())

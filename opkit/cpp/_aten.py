@@ -1,0 +1,323 @@
+"""An extension with torch's headers as one job for the cache: its key, its build, its error.
+
+torch writes the build file and ninja runs it, in a private folder. What to do with the library is
+the business of `opkit.cpp.extension`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opkit import _torch_build
+from opkit.cpp import _includes, cache, diagnostics, toolchain
+from opkit.cpp._progress import building
+from opkit.cpp.compile import names_host_compiler, stub_libraries
+from opkit.errors import BuildError, ConfigError
+
+Sources = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_FORMAT = 1
+_CFLAGS = ("-O3", "-DNDEBUG")  # torch passes no -O at all; the caller's flags come later and win
+_CUDA_SUFFIXES = (".cu", ".cuh")
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    files: tuple[Path, ...]  # the user's
+    texts: Mapping[str, str]  # to be written into the build folder
+    units: tuple[str, ...]  # which of the texts are compiled by themselves
+    cflags: tuple[str, ...]
+    cuda_cflags: tuple[str, ...]
+    ldflags: tuple[str, ...]
+    include_paths: tuple[Path, ...]
+    with_cuda: bool
+    verbose: bool
+    cxx: toolchain.Compiler
+    nvcc: toolchain.Compiler | None
+    architectures: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        sources: Sources,
+        extra_cflags: Sequence[str] | None,
+        extra_cuda_cflags: Sequence[str] | None,
+        extra_ldflags: Sequence[str] | None,
+        extra_include_paths: Sequence[str | os.PathLike[str]] | None,
+        with_cuda: bool | None,
+        verbose: bool,
+        *,
+        is_module: bool,
+        texts: Mapping[str, str] | None = None,
+        units: Sequence[str] = (),
+    ) -> Job:
+        """Check the arguments and copy them: the caller's lists stay as they are."""
+        if not re.fullmatch(r"[A-Za-z_]\w*" if is_module else r"[A-Za-z_][\w.-]*", name):
+            what = "a Python name" if is_module else "a file name"
+            raise BuildError(
+                f"building an extension: its name is {name!r}; expected {what}, such as 'fast_ops'. "
+                "Rename it."
+            )
+        all_texts, all_units = dict(texts or {}), list(units)
+        files = []
+        for i, source in enumerate(as_list(sources)):
+            if isinstance(source, str) and "\n" in source:
+                unit = f"{name}_{i}.{'cu' if '__global__' in source else 'cpp'}"
+                all_texts[unit] = source
+                all_units.append(unit)
+            else:
+                files.append(_existing(name, Path(source)))
+        if not files and not all_units:
+            raise BuildError(
+                f"building {name}: it has no sources; expected at least one path or source text. Name one."
+            )
+        names = [*all_units, *(path.name for path in files)]
+        has_cuda = any(name.endswith(_CUDA_SUFFIXES) for name in names)
+        if with_cuda is None:
+            with_cuda = has_cuda
+        elif has_cuda and not with_cuda:
+            raise BuildError(
+                f"building {name}: it has CUDA sources and with_cuda=False; expected with_cuda=True or None. "
+                "Leave with_cuda out."
+            )
+        needs_nvcc = with_cuda and _refuse_rocm(name)
+        return cls(
+            name=name,
+            files=tuple(files),
+            texts=all_texts,
+            units=tuple(all_units),
+            cflags=tuple(flag.strip() for flag in extra_cflags or ()),
+            cuda_cflags=tuple(flag.strip() for flag in extra_cuda_cflags or ()),
+            ldflags=tuple(flag.strip() for flag in extra_ldflags or ()),
+            include_paths=tuple(Path(path).absolute() for path in extra_include_paths or ()),
+            with_cuda=with_cuda,
+            verbose=verbose,
+            cxx=toolchain.get_cxx(),
+            nvcc=toolchain.get_nvcc() if needs_nvcc else None,
+            architectures=toolchain.cuda_architectures() if needs_nvcc else (),
+        )
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} [{'cuda' if self.with_cuda else 'cpp'}]"
+
+    def key(self) -> str:
+        """Hash everything that decides what the library does."""
+        import torch
+
+        # torch passes flags through a shell, so one flag may be several words.
+        cflags, cuda_cflags, ldflags = _words(self.cflags), _words(self.cuda_cflags), _words(self.ldflags)
+        torch_home = Path(torch.__file__).parent
+        folders = [*self.include_paths, *_includes.include_folders([*cflags, *cuda_cflags])]
+        scan = _includes.Scan([folder for folder in folders if torch_home not in folder.parents])
+        for spelling, text in self.texts.items():
+            scan.add_text(text, spelling)
+        for path in (*self.files, *_includes.included_files([*cflags, *cuda_cflags])):
+            if path.is_file():
+                scan.add_file(path, path.name)
+        return cache.digest(
+            _FORMAT,
+            self.name,
+            (sys.platform, sysconfig.get_platform(), sysconfig.get_config_var("EXT_SUFFIX")),
+            # the commit tells two builds of one version apart
+            (torch.__version__, torch.version.git_version, torch.compiled_with_cxx11_abi()),
+            (self.cxx.version, self.nvcc.version if self.nvcc else None, self.architectures),
+            (_CFLAGS, self.units, self.with_cuda),
+            (_includes.without_paths(cflags), _includes.without_paths(cuda_cflags), self.ldflags),
+            _includes.linked_files(ldflags),
+            _includes.variables(),
+            scan.contents,
+            self._preprocessed() if scan.is_computed else None,
+            self._native_macros([*cflags, *cuda_cflags]),
+        )
+
+    def build(self, work: cache.Workspace) -> Path:
+        final = cache.root() / "lib" / work.name
+        for spelling, text in self.texts.items():
+            (work.folder / spelling).write_text(text)
+        with building(self.label):
+            self._write_build_file(work.folder, final)
+            ninja = [str(toolchain.get_ninja()), "-v", *_job_limit()]
+            code, log = self._run_ninja(ninja, work.folder)
+            if code:
+                raise self._failure(work, log)
+        (work.folder / "log.txt").write_text(log)
+        for path in work.folder.iterdir():
+            if path.suffix in (".o", ".d", ".ninja") or path.name.startswith(".ninja"):
+                path.unlink()
+        return work.folder / f"{self.name}.so"
+
+    def _write_build_file(self, folder: Path, final: Path) -> None:
+        # In `__FILE__`, which torch's checks print, the folder that will be there afterwards.
+        place = shlex.quote(f"-fmacro-prefix-map={folder}={final}")
+        cuda_cflags, ldflags = list(self.cuda_cflags), list(self.ldflags)
+        if self.nvcc:
+            words = _words(cuda_cflags)
+            # torch asks the devices, of which a build machine has none, unless the flags name architectures.
+            if not any("arch" in flag for flag in words):
+                cuda_cflags = [*toolchain.gencode_flags(self.architectures), *cuda_cflags]
+            # torch passes -ccbin $CC itself, and nvcc takes one only.
+            if "CC" not in os.environ and not names_host_compiler(words):
+                cuda_cflags = ["-ccbin", shlex.quote(str(self.cxx.path)), *cuda_cflags]
+            cuda_cflags = [*_CFLAGS, "--compiler-options", place, *cuda_cflags]
+            ldflags += self._stub_flags()
+        _torch_build.write_build_file(
+            folder,
+            name=self.name,
+            sources=[*(folder / unit for unit in self.units), *_distinct(self.files, folder, self.units)],
+            cxx=self.cxx.command,
+            extra_cflags=[*_CFLAGS, place, *self.cflags],
+            extra_cuda_cflags=cuda_cflags,
+            extra_ldflags=ldflags,
+            extra_include_paths=self.include_paths,
+            cuda_home=toolchain.cuda_home(self.nvcc) if self.nvcc else None,
+        )
+
+    def _stub_flags(self) -> list[str]:
+        """Return flags to link for CUDA where this torch was built without it."""
+        import torch
+
+        if (Path(torch.__file__).parent / "lib" / "libtorch_cuda.so").exists():
+            return []
+        return [f"-L{shlex.quote(str(stub_libraries(self.cxx, ('libc10_cuda.so', 'libtorch_cuda.so'))))}"]
+
+    def _run_ninja(self, ninja: Sequence[str], folder: Path) -> tuple[int, str]:
+        process = subprocess.Popen(
+            ninja,
+            cwd=folder,
+            env=toolchain.build_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        lines = []
+        with process:
+            for line in process.stdout or ():
+                lines.append(line)
+                if self.verbose:
+                    sys.stderr.write(line)
+        return process.returncode, "".join(lines)
+
+    def _failure(self, work: cache.Workspace, log: str) -> BuildError:
+        """Keep the build folder, where ninja can be run again, and return the error that names it."""
+        before = str(work.folder)
+        kept = work.keep()
+        log = log.replace(before, str(kept))
+        build_file = kept / "build.ninja"
+        build_file.write_text(build_file.read_text().replace(before, str(kept)))
+        (kept / "log.txt").write_text(log)
+        ninja = shlex.join([str(toolchain.get_ninja()), "-v"])
+        (kept / "command.sh").write_text(f"#!/bin/sh\ncd {shlex.quote(str(kept))} && LC_ALL=C {ninja}\n")
+        failed = re.search(r"^FAILED: .*\n(.+)$", log, re.MULTILINE)
+        return diagnostics.failure(
+            log,
+            label=self.label,
+            sources=[*self.files, *(kept / text for text in self.texts if not text.startswith("main."))],
+            log_path=kept / "log.txt",
+            command=failed[1] if failed else ninja,
+            command_path=kept / "command.sh",
+        )
+
+    def _preprocessed(self) -> list[str]:
+        """Return the sources after preprocessing, for `#include MACRO`, which text does not resolve."""
+        from torch.utils import cpp_extension
+
+        folders = [*self.include_paths, *cpp_extension.include_paths(), Path(sysconfig.get_path("include"))]
+        command = [*self.cxx.command, "-std=c++20", "-fPIC", *_words(self.cflags), "-E", "-P", "-x", "c++"]
+        command += [f"-I{folder}" for folder in folders]
+        texts = [self.texts[unit] for unit in self.units] + [f'#include "{path}"\n' for path in self.files]
+        return [_output([*command, "-"], text) for text in texts]
+
+    def _native_macros(self, flags: Sequence[str]) -> str:
+        """Return what -march=native means on this machine."""
+        if not any("native" in flag for flag in flags):
+            return ""
+        native = [flag for flag in flags if flag.startswith("-m") and "native" in flag]
+        return _output([*self.cxx.command, *native, "-dM", "-E", "-x", "c++", "-"], "")
+
+
+def as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, (str, os.PathLike)) else list(value)
+
+
+def _refuse_rocm(name: str) -> bool:
+    import torch
+
+    if torch.version.hip is not None:
+        raise BuildError(
+            f"building {name}: this torch is for ROCm, whose sources opkit does not translate from CUDA; "
+            "expected a torch for CUDA or the CPU. Use torch.utils.cpp_extension.load for this source."
+        )
+    return True
+
+
+def _existing(name: str, path: Path) -> Path:
+    if path.is_file():
+        return path.absolute()
+    raise BuildError(
+        f"building {name}: source {str(path)!r} is no file in {Path.cwd()}; expected a path to a .cpp or .cu "
+        "file, or a source text, which has a newline. Correct the path."
+    )
+
+
+def _distinct(files: Sequence[Path], folder: Path, taken: Sequence[str]) -> list[Path]:
+    """Return `files`, with a stand-in for each whose object file another source would overwrite."""
+
+    def object_name(name: str) -> tuple[str, bool]:  # torch's: k.cpp and k.cc are both k.o, k.cu is k.cuda.o
+        return Path(name).stem, Path(name).suffix in _CUDA_SUFFIXES
+
+    names = {object_name(name) for name in taken}
+    sources = []
+    for i, path in enumerate(files):
+        if object_name(path.name) in names:
+            stand_in = folder / f"{path.stem}.{i}{path.suffix}"
+            stand_in.write_text(f"#include {json.dumps(str(path))}\n")
+            sources.append(stand_in)
+        else:
+            names.add(object_name(path.name))
+            sources.append(path)
+    return sources
+
+
+def _job_limit() -> list[str]:
+    text = os.environ.get("MAX_JOBS", "").strip()
+    if text and not (text.isdigit() and int(text)):
+        raise ConfigError(
+            f"reading MAX_JOBS: found {text!r}; expected how many compilers may run at once, from 1. "
+            "Write for instance MAX_JOBS=2."
+        )
+    return ["-j", text] if text else []
+
+
+def _words(flags: Sequence[str]) -> list[str]:
+    return shlex.split(" ".join(flags))
+
+
+def _output(command: Sequence[str], text: str) -> str:
+    done = subprocess.run(
+        command,
+        input=text,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=toolchain.build_environment(),
+    )
+    return done.stdout

@@ -1,0 +1,252 @@
+"""Extensions with torch's headers: pybind11 modules, TORCH_LIBRARY blocks and CUDA sources.
+
+`load`, `load_inline` and `build` take torch.utils.cpp_extension's parameters. torch writes the
+build file; everything around it is opkit's: a folder named by the content, one lock that dies with
+its holder, nothing remembered of a failed build. So a name says nothing about what is loaded, the
+content does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from opkit.cpp import cache
+from opkit.cpp._aten import Job, Sources, as_list
+from opkit.errors import BuildError
+
+_LIBRARY_BLOCK = re.compile(r"^[ \t]*(?:STABLE_)?TORCH_LIBRARY[ \t]*\([ \t]*(\w+)[ \t]*,", re.MULTILINE)
+
+_modules: dict[Path, ModuleType] = {}
+_blocks: dict[str, Path] = {}  # namespaces whose TORCH_LIBRARY block is loaded
+
+
+def load(
+    name: str,
+    sources: Sources,
+    *,
+    extra_cflags: Sequence[str] | None = None,
+    extra_cuda_cflags: Sequence[str] | None = None,
+    extra_ldflags: Sequence[str] | None = None,
+    extra_include_paths: Sequence[str | os.PathLike[str]] | None = None,
+    is_python_module: bool = True,
+    with_cuda: bool | None = None,
+    verbose: bool = False,
+) -> Any:
+    """Build an extension if its content is new, load it, and return the module.
+
+    >>> module = load("fast", ["fast.cpp", "fast.cu"])  # doctest: +SKIP
+    >>> module.run(x)  # doctest: +SKIP
+
+    Args:
+        name: the name of the module; its source says PYBIND11_MODULE(TORCH_EXTENSION_NAME, m).
+        sources: a path, a source text, or a list of those.
+        extra_cflags: flags for the C++ compiler, after `-O3 -DNDEBUG`.
+        extra_cuda_cflags: flags for nvcc, after `-O3 -DNDEBUG`.
+        extra_ldflags: flags for the linker.
+        extra_include_paths: folders for `#include`.
+        is_python_module: False for a library that registers ops: it is loaded with
+            `torch.ops.load_library`, and its path is returned as a string.
+        with_cuda: link CUDA's libraries; by default where a source is a `.cu` file.
+        verbose: show on stderr what ninja runs.
+
+    Returns:
+        The module, or the library's path where `is_python_module` is False.
+
+    Raises:
+        BuildError: it does not compile or does not load.
+    """
+    job = Job.of(
+        name,
+        sources,
+        extra_cflags,
+        extra_cuda_cflags,
+        extra_ldflags,
+        extra_include_paths,
+        with_cuda,
+        verbose,
+        is_module=is_python_module,
+    )
+    return _open(job, cache.obtain(job.key, label=job.label, build=job.build), is_python_module)
+
+
+def load_inline(
+    name: str,
+    cpp_sources: str | Sequence[str],
+    *,
+    cuda_sources: str | Sequence[str] | None = None,
+    functions: str | Sequence[str] | Mapping[str, str] | None = None,
+    extra_cflags: Sequence[str] | None = None,
+    extra_cuda_cflags: Sequence[str] | None = None,
+    extra_ldflags: Sequence[str] | None = None,
+    extra_include_paths: Sequence[str | os.PathLike[str]] | None = None,
+    is_python_module: bool = True,
+    with_cuda: bool | None = None,
+    verbose: bool = False,
+    with_pytorch_error_handling: bool = True,
+    no_implicit_headers: bool = False,
+) -> Any:
+    """Build and load an extension whose sources are strings.
+
+    >>> source = "at::Tensor twice(at::Tensor x) { return x * 2; }"
+    >>> load_inline("doubling", source, functions=["twice"]).twice(x)  # doctest: +SKIP
+
+    Args:
+        name: the name of the module.
+        cpp_sources: C++ text, or several that are compiled as one.
+        cuda_sources: CUDA text, or several that are compiled as one.
+        functions: what to export to Python: names, or a dict from names to docstrings.
+        extra_cflags: see `load`.
+        extra_cuda_cflags: see `load`.
+        extra_ldflags: see `load`.
+        extra_include_paths: see `load`.
+        is_python_module: see `load`.
+        with_cuda: see `load`.
+        verbose: see `load`.
+        with_pytorch_error_handling: turn torch's C++ exceptions into torch's Python ones.
+        no_implicit_headers: do not include torch/extension.h (and torch/types.h, cuda.h and
+            cuda_runtime.h in CUDA texts), for sources that include less and so build faster.
+
+    Returns:
+        The module, or the library's path where `is_python_module` is False.
+
+    Raises:
+        BuildError: it does not compile or does not load.
+    """
+    cpp, cuda = as_list(cpp_sources), as_list(cuda_sources)
+    texts = {f"{name}_{i}.cpp": text for i, text in enumerate(cpp)}
+    texts |= {f"{name}_{i}.cuh": text for i, text in enumerate(cuda)}
+    # The user's texts stay in files of their own, so that line numbers in errors are theirs.
+    headers = [] if no_implicit_headers else ["torch/extension.h"]
+    texts["main.cpp"] = _including(headers, [f"{name}_{i}.cpp" for i in range(len(cpp))])
+    texts["main.cpp"] += _pybind_module(functions, with_pytorch_error_handling)
+    units = ["main.cpp"]
+    if cuda:
+        headers = [] if no_implicit_headers else ["torch/types.h", "cuda.h", "cuda_runtime.h"]
+        texts["main.cu"] = _including(headers, [f"{name}_{i}.cuh" for i in range(len(cuda))])
+        units.append("main.cu")
+    job = Job.of(
+        name,
+        [],
+        extra_cflags,
+        extra_cuda_cflags,
+        extra_ldflags,
+        extra_include_paths,
+        with_cuda,
+        verbose,
+        is_module=is_python_module,
+        texts=texts,
+        units=units,
+    )
+    return _open(job, cache.obtain(job.key, label=job.label, build=job.build), is_python_module)
+
+
+def build(
+    name: str,
+    sources: Sources,
+    *,
+    extra_cflags: Sequence[str] | None = None,
+    extra_cuda_cflags: Sequence[str] | None = None,
+    extra_ldflags: Sequence[str] | None = None,
+    extra_include_paths: Sequence[str | os.PathLike[str]] | None = None,
+    with_cuda: bool | None = None,
+    verbose: bool = False,
+) -> Path:
+    """Build an extension if its content is new, load nothing, and return the library's path.
+
+    >>> path = build("fast", ["fast.cpp", "fast.cu"])  # doctest: +SKIP
+
+    Args:
+        name: the name of the library, and of the module if it is one.
+        sources: as in `load`, like the other arguments.
+        extra_cflags: see `load`.
+        extra_cuda_cflags: see `load`.
+        extra_ldflags: see `load`.
+        extra_include_paths: see `load`.
+        with_cuda: see `load`.
+        verbose: see `load`.
+
+    Raises:
+        BuildError: it does not compile.
+    """
+    job = Job.of(
+        name,
+        sources,
+        extra_cflags,
+        extra_cuda_cflags,
+        extra_ldflags,
+        extra_include_paths,
+        with_cuda,
+        verbose,
+        is_module=False,
+    )
+    return cache.obtain(job.key, label=job.label, build=job.build)
+
+
+def _open(job: Job, path: Path, is_python_module: bool) -> Any:
+    """Load the library at `path` into this process, each content once."""
+    texts = [*job.texts.values(), *(file.read_text(errors="replace") for file in job.files)]
+    found = {block for text in texts for block in _LIBRARY_BLOCK.findall(text)}
+    namespaces = {job.name if block == "TORCH_EXTENSION_NAME" else block for block in found}
+    for namespace in sorted(namespaces):
+        if _blocks.get(namespace, path) != path:  # torch would end the process
+            raise BuildError(
+                f"loading {job.label}: its TORCH_LIBRARY({namespace}, ...) block is already loaded in this "
+                f"process from {_blocks[namespace]}, with other content; torch takes one a namespace. "
+                "Restart the process, rename the namespace, or write TORCH_LIBRARY_FRAGMENT for more ops."
+            )
+    try:
+        result = _import(job.name, path) if is_python_module else _load_library(path)
+    except (ImportError, OSError) as error:
+        advice = "Define the missing symbol or name its library in extra_ldflags."
+        if "module export function" in str(error):
+            advice = (
+                "Write PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) for a module, or pass is_python_module=False "
+                "for a library that only registers ops."
+            )
+        raise BuildError(f"loading {job.label}: {error}. {advice}") from error
+    _blocks.update(dict.fromkeys(namespaces, path))
+    return result
+
+
+def _import(name: str, path: Path) -> ModuleType:
+    import torch  # noqa: F401  (the library finds torch's symbols in this process)
+
+    if path not in _modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no extension module of this Python")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        _modules[path] = module
+    return _modules[path]
+
+
+def _load_library(path: Path) -> str:
+    import torch
+
+    torch.ops.load_library(str(path))
+    return str(path)
+
+
+def _including(headers: Sequence[str], files: Sequence[str]) -> str:
+    lines = [f"#include <{header}>" for header in headers] + [f'#include "{file}"' for file in files]
+    return "\n".join(lines) + "\n"
+
+
+def _pybind_module(functions: str | Sequence[str] | Mapping[str, str] | None, wrapped: bool) -> str:
+    """Return the block that exports `functions` to Python."""
+    if functions is None:
+        return ""
+    documented = functions if isinstance(functions, Mapping) else {name: name for name in as_list(functions)}
+    lines = ["PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {"]
+    for name, text in documented.items():
+        value = f"torch::wrap_pybind_function({name})" if wrapped else name
+        lines.append(f'  m.def("{name}", {value}, {json.dumps(text)});')
+    return "\n".join([*lines, "}\n"])

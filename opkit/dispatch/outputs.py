@@ -1,0 +1,116 @@
+"""What a Python kernel returned, made what the declaration promises, or refused.
+
+torch trusts a kernel's outputs to be what the meta function said; where they are not, a compiled
+graph reads garbage without an error. So this holds for every call, not only in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opkit import _torch
+from opkit.errors import OutputError
+from opkit.spec.plan import OutputMeta
+from opkit.spec.schema import Schema
+
+
+def conform(
+    schema: Schema,
+    backend: str,
+    values: Sequence[Any],
+    returned: Any,
+    metas: Sequence[OutputMeta] | None,
+    device: torch.device | None,
+) -> Any:
+    """Return the outputs in the form torch expects; `metas` is None where a meta function was registered.
+
+    Raises:
+        OutputError: a count, type, shape, dtype or device differs from the declaration, or an
+            output shares storage with an input or another output.
+    """
+    outputs = list(schema.flatten(returned))
+    if len(outputs) != len(schema.results) or (not schema.results and returned is not None):
+        found = "a value" if not schema.results else f"{len(outputs)} values"
+        raise _error(schema, backend, f"returned {found}", f"{len(schema.results) or 'none'}", "Return")
+    tensors = _input_tensors(values)
+    for index, (result, output) in enumerate(zip(schema.results, outputs, strict=True)):
+        if result.type.is_list:
+            if not isinstance(output, (list, tuple)) or not all(isinstance(o, Tensor) for o in output):
+                raise _type_error(schema, backend, result.name, output, "a list of tensors")
+            for one in output:
+                tensors = _refuse_alias(schema, backend, result.name, one, tensors)
+            outputs[index] = list(output)
+            continue
+        if not isinstance(output, Tensor):
+            raise _type_error(schema, backend, result.name, output, "a Tensor")
+        tensors = _refuse_alias(schema, backend, result.name, output, tensors)
+        if metas is not None:
+            shape, dtype = metas[index]
+            if output.shape != shape or output.dtype != dtype or output.device != device:
+                raise _meta_error(schema, backend, result.name, output, metas[index], device)
+            if not output.is_contiguous():
+                outputs[index] = output.contiguous()
+    return schema.raw(outputs)
+
+
+def _input_tensors(values: Sequence[Any]) -> list[tuple[str, Tensor]]:
+    found = []
+    for index, value in enumerate(values):
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, Tensor):
+                found.append((str(index), one))
+    return found
+
+
+def _refuse_alias(
+    schema: Schema, backend: str, name: str, output: Tensor, others: list[tuple[str, Tensor]]
+) -> list[tuple[str, Tensor]]:
+    for other, tensor in others:
+        if _torch.is_alias_of(output, tensor):
+            what = f"argument {schema.params[int(other)].name}" if other.isdigit() else f"output {other}"
+            raise OutputError(
+                f"calling {schema.name}: the {backend} kernel returned as {name} a tensor that shares storage with "
+                f"{what}; expected fresh storage, since compiled code may overwrite either. Return a copy: "
+                ".clone().",
+                op=schema.name,
+            )
+    return [*others, (name, output)]
+
+
+def _type_error(schema: Schema, backend: str, name: str, found: Any, expected: str) -> OutputError:
+    return _error(schema, backend, f"returned {type(found).__name__} as {name}", expected, "Return")
+
+
+def _meta_error(
+    schema: Schema,
+    backend: str,
+    name: str,
+    output: Tensor,
+    meta: OutputMeta,
+    device: torch.device | None,
+) -> OutputError:
+    pairs = (
+        ("shape", tuple(output.shape), tuple(meta.shape)),
+        ("dtype", output.dtype, meta.dtype),
+        ("device", output.device, device),
+    )
+    field, found, expected = next(pair for pair in pairs if pair[1] != pair[2])
+    return _error(
+        schema,
+        backend,
+        f"returned {name} with the {field} {found}",
+        f"{expected} by the shape line",
+        "Change the kernel or the shape line, so that it returns",
+    )
+
+
+def _error(schema: Schema, backend: str, found: str, expected: str, advice: str) -> OutputError:
+    return OutputError(
+        f"calling {schema.name}: the {backend} kernel {found}; expected {expected}. {advice} what is declared: "
+        f"{schema}.",
+        op=schema.name,
+    )

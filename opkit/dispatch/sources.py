@@ -1,0 +1,44 @@
+"""Who may still have ops and kernels to add when one is needed.
+
+A source is a function without arguments. It is called once, the first time that ops are looked up
+by name or a kernel is chosen, and registers what it has. Nothing here knows what a plugin is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+_ops: list[Callable[[], None]] = []
+_kernels: list[Callable[[], None]] = []
+_lock = threading.RLock()
+
+
+def install(source: Callable[[], None], *, ops_only: bool = False) -> None:
+    """Call `source` when ops are next looked up, and unless `ops_only` when a kernel is next chosen."""
+    with _lock:
+        _ops.append(source)
+        if not ops_only:
+            _kernels.append(source)
+
+
+def consult_for_ops() -> None:
+    """Let every source register its ops and kernels."""
+    if _ops or _kernels:
+        _consult(_ops)
+
+
+def consult_for_kernels() -> None:
+    """Let every source that may have kernels register them."""
+    if _kernels:
+        _consult(_kernels)
+
+
+def _consult(waiting: list[Callable[[], None]]) -> None:
+    with _lock:  # re-entrant: a source may look up ops itself, and finds itself gone from the lists
+        while waiting:
+            source = waiting[0]
+            for sources in (_ops, _kernels):
+                if source in sources:
+                    sources.remove(source)
+            source()

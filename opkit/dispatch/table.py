@@ -1,0 +1,136 @@
+"""The kernels of one op: what is registered, by whom, for which device and under which conditions.
+
+Responsible for keeping kernels; choosing one is `select`, running it is `run`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opkit import _torch
+from opkit.cpp.light import Source
+from opkit.dispatch import preference
+from opkit.errors import RegistrationError, did_you_mean
+from opkit.spec.schema import Schema, describe
+
+REFERENCE = "reference"
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "meta")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op. `function` is Python, or native source that is built when needed."""
+
+    backend: str
+    device: str
+    function: Callable[..., Any] | Source
+    dtypes: tuple[torch.dtype, ...] | None = None
+    when: Callable[..., bool | str] | None = None
+    priority: int = 0
+    source: str = ""
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether every call on its device may run it."""
+        return self.dtypes is None and self.when is None
+
+
+class KernelTable:
+    """The kernels of one op, keyed by device and backend, and the choices already made among them."""
+
+    def __init__(self, schema: Schema, reference: Callable[..., Any]) -> None:
+        self.schema = schema
+        self._kernels: dict[tuple[str, str], Kernel] = {}
+        self.decided: dict[Any, Kernel] = {}
+        self.reference = Kernel(REFERENCE, "any", reference, source=describe(reference))
+
+    def add(self, kernel: Kernel) -> None:
+        """Register a kernel; one that takes the place of another from elsewhere warns."""
+        key = (kernel.device, kernel.backend)
+        old = self._kernels.get(key)
+        if old is not None and old.source != kernel.source:
+            warnings.warn(
+                f"{self.schema.name}: the {kernel.backend} kernel for {kernel.device} from {kernel.source} "
+                f"replaces the one from {old.source}. Give one of them another backend= to keep both.",
+                stacklevel=3,
+            )
+        self._kernels[key] = kernel
+        preference.know(kernel.backend)
+        self.decided.clear()
+
+    def for_device(self, device: str) -> list[Kernel]:
+        """Return the kernels for a device, most wanted first, the reference last."""
+        found = [k for k in self._kernels.values() if k.device == device]
+        return [*sorted(found, key=lambda k: (-k.priority, k.backend)), self.reference]
+
+    def all(self) -> list[Kernel]:
+        """Return every kernel, by device."""
+        return [*sorted(self._kernels.values(), key=lambda k: (k.device, -k.priority, k.backend)), self.reference]
+
+
+def device_type(device: str, op: str) -> str:
+    """Return the device type that `device` names.
+
+    Raises:
+        RegistrationError: torch knows no such device.
+    """
+    try:
+        return torch.device(device).type
+    except RuntimeError:
+        known = dict.fromkeys((*_DEVICES, _torch.privateuse_name()))
+        hint = " Did you mean 'cuda'?" if device in ("gpu", "nvidia") else did_you_mean(device, known)
+        raise RegistrationError(
+            f"registering a kernel for {op}: torch knows no device {device!r}; expected one of "
+            f"{', '.join(known)}.{hint} Name the device type in the first argument, the way the kernel is "
+            "written in backend=.",
+            op=op,
+        ) from None
+
+
+def make_kernel(
+    schema: Schema,
+    device: str,
+    function: Callable[..., Any] | Source,
+    *,
+    backend: str | None,
+    dtypes: Iterable[torch.dtype] | None,
+    when: Callable[..., bool | str] | None,
+    priority: int,
+    source: str | None,
+) -> Kernel:
+    """Return a checked kernel for an op.
+
+    Raises:
+        RegistrationError: the device, the backend, a dtype or the function does not fit.
+    """
+    op = schema.name
+    device = device_type(device, op)
+    native = isinstance(function, Source)
+    if backend is None:
+        backend = function.backend if isinstance(function, Source) else "python"
+    if backend == REFERENCE:
+        raise RegistrationError(
+            f"registering a kernel for {op}: the backend name 'reference' belongs to the decorated function. "
+            "Choose another name, such as 'python'.",
+            op=op,
+        )
+    if not native and not callable(function):
+        raise RegistrationError(
+            f"registering a {backend} kernel for {op}: found {function!r}; expected a function or "
+            "opkit.cpp.kernel(...). Pass one of these.",
+            op=op,
+        )
+    wrong = [d for d in dtypes or () if not isinstance(d, torch.dtype)]
+    if wrong:
+        raise RegistrationError(
+            f"registering a {backend} kernel for {op}: dtypes holds {wrong[0]!r}; expected torch dtypes. "
+            "Write dtypes=(torch.float32,).",
+            op=op,
+        )
+    where = source or (str(function) if isinstance(function, Source) else describe(function))
+    return Kernel(backend, device, function, tuple(dtypes) if dtypes is not None else None, when, priority, where)

@@ -1,0 +1,172 @@
+"""The shape line: `*b n, n -> *b n:x, *b 1:float32`, read into entries.
+
+    line       = entries "->" entries          entries = entry {"," entry} | nothing
+    entry      = dim {dim} [":" suffix]        one entry per Tensor argument, per Tensor result
+    dim        = name | number | "*" name | "_" | "..." | "()" | expression without spaces
+    suffix     = a dtype, the name of a Tensor argument, or of a dtype argument
+
+Responsible for the text only: what the words mean for one schema is decided in `plan`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass, field
+
+from opkit.errors import ShapeError
+
+_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension, or with `star` any number of them. `text` is a Python expression over names."""
+
+    text: str
+    star: bool = False
+    column: int = field(default=0, compare=False)
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it is a plain name, which its first appearance binds."""
+        return not self.star and self.text.isidentifier() and self.text != "_"
+
+    @property
+    def is_any(self) -> bool:
+        """Whether it stands for any size: `_`, or `...` where it also stands for any number."""
+        return self.text in ("_", "...")
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names in it, in order."""
+        return tuple(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", self.text))) if self.text != "_" else ()
+
+    def __str__(self) -> str:
+        return f"*{self.text}" if self.star and self.text != "..." else self.text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The shape of one tensor, and the suffix that says its dtype."""
+
+    dims: tuple[Dim, ...]
+    suffix: str | None = None
+    column: int = field(default=0, compare=False)
+
+    @property
+    def star(self) -> int | None:
+        """The position of the dimension that stands for any number, or None."""
+        return next((i for i, dim in enumerate(self.dims) if dim.star), None)
+
+    def __str__(self) -> str:
+        shape = " ".join(map(str, self.dims)) or "()"
+        return shape + (f":{self.suffix}" if self.suffix else "")
+
+
+@dataclass(frozen=True)
+class ShapeLine:
+    """A parsed shape line; `str` gives it back in its plain spelling."""
+
+    inputs: tuple[Entry, ...]
+    outputs: tuple[Entry, ...]
+
+    def __str__(self) -> str:
+        left, right = (", ".join(map(str, side)) for side in (self.inputs, self.outputs))
+        return f"{left} -> {right}".strip()
+
+
+def parse(text: str, *, op: str) -> ShapeLine:
+    """Read a shape line.
+
+    Raises:
+        ShapeError: the text is no shape line; a caret stands under the column.
+
+    Example:
+        >>> line = parse("*b n, n -> *b n:x, *b 1:float32", op="demo::rms_norm")
+        >>> str(line.outputs[1]), line.outputs[1].suffix
+        ('*b 1:float32', 'float32')
+    """
+    if text.count("->") != 1:
+        raise error(text, 0, op, f"found {text.count('->')} arrows", "one '->' between inputs and outputs")
+    left, right = text.split("->")
+    return ShapeLine(_entries(text, left, 0, op), _entries(text, right, len(left) + 2, op))
+
+
+def error(text: str, column: int, op: str, found: str, expected: str) -> ShapeError:
+    """Return the error for a place in a shape line, with a caret under it."""
+    return ShapeError(
+        f"reading the shape line of {op}: {found} at column {column + 1}; expected {expected}.\n"
+        f"    {text}\n    {' ' * column}^\n"
+        "Write one entry per Tensor argument, '->', and one per Tensor result, "
+        "as in '*b n, n -> *b n:x, *b 1:float32'.",
+        op=op,
+    )
+
+
+def _entries(text: str, side: str, offset: int, op: str) -> tuple[Entry, ...]:
+    if not side.strip():
+        return ()
+    entries = []
+    for part in side.split(","):
+        entries.append(_entry(text, part, offset, op))
+        offset += len(part) + 1
+    return tuple(entries)
+
+
+def _entry(text: str, part: str, offset: int, op: str) -> Entry:
+    shape, colon, suffix = part.partition(":")
+    start = offset + len(part) - len(part.lstrip())
+    if colon and not suffix.strip().isidentifier():
+        column = offset + len(shape) + 1
+        raise error(text, column, op, f"the suffix {suffix.strip()!r}", "a dtype or an argument's name")
+    dims: list[Dim] = []
+    words = list(re.finditer(r"\S+", shape))
+    if not words:
+        raise error(text, start, op, "an empty entry", "dimensions, or () for rank 0")
+    if [w.group() for w in words] == ["()"]:
+        return Entry((), suffix.strip() or None, start)
+    for word in words:
+        dims.append(_dim(text, word.group(), offset + word.start(), op))
+    stars = [d for d in dims if d.star]
+    if len(stars) > 1:
+        raise error(
+            text, stars[1].column, op, f"{stars[1]} after {stars[0]}", "at most one of these in an entry"
+        )
+    return Entry(tuple(dims), suffix.strip() or None, start)
+
+
+def _dim(text: str, word: str, column: int, op: str) -> Dim:
+    if word == "...":
+        return Dim(word, star=True, column=column)
+    if word.startswith("*") and word[1:].isidentifier() and word.isascii():
+        return Dim(word[1:], star=True, column=column)
+    if word == "_" or (word.isascii() and (word.isidentifier() or word.isdigit())):
+        return Dim(word if not word.isdigit() else str(int(word)), column=column)
+    if word[0] in "[?":
+        raise error(
+            text, column, op, f"{word!r}", "a dimension; lists and data-dependent sizes need register_fake"
+        )
+    if not _is_expression(word):
+        raise error(
+            text, column, op, f"{word!r}", "a name, a number, *name, _, ..., () or an expression like 2*n"
+        )
+    return Dim(word, column=column)
+
+
+def _is_expression(word: str) -> bool:
+    if not re.fullmatch(r"[\w+\-*/%()]+", word, flags=re.ASCII):
+        return False
+    try:
+        tree = ast.parse(word, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp):
+            if not isinstance(node.op, _OPERATORS):
+                return False
+        elif isinstance(node, ast.Constant):
+            if type(node.value) is not int:
+                return False
+        elif not isinstance(node, (ast.Name, ast.Load, ast.operator)):
+            return False
+    return True

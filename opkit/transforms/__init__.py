@@ -1,0 +1,1 @@
+"""What torch does to an op: differentiation and the bookkeeping of mutation."""

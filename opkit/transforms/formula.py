@@ -1,0 +1,266 @@
+"""The three ways to say an op's gradient, behind one interface.
+
+A formula keeps what it needs from a forward call, and later turns the gradients of the outputs
+into one gradient (or None) per argument. It does not know how autograd calls it: that is `gradient`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from opkit.errors import GradientError, RegistrationError
+from opkit.spec.plan import Plan
+from opkit.spec.schema import REQUIRED, Param, Schema
+
+
+class Formula(Protocol):
+    """How an op is differentiated."""
+
+    non_differentiable: frozenset[str]
+
+    def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        """Keep what the backward pass needs: arguments in schema order, outputs in order."""
+
+    def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
+        """Return one gradient per argument, None where there is none."""
+
+
+class FunctionFormula:
+    """torch's form: `backward(ctx, *grads)` and `setup_context(ctx, inputs, output)`."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., None] | None,
+        non_differentiable: Sequence[str],
+    ) -> None:
+        self.schema = schema
+        self.backward = backward
+        self.setup_context = setup_context
+        self.non_differentiable = frozenset(non_differentiable)
+
+    def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        if self.setup_context is not None:
+            self.setup_context(ctx, values, self.schema.pack(self.schema.raw(outputs)))
+
+    def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
+        result = self.backward(ctx, *grads)
+        names = [p.name for p in self.schema.params]
+        if not isinstance(result, tuple):
+            only_list = len(names) == 1 and self.schema.params[0].type.is_list
+            result = (result,) if not isinstance(result, list) or only_list else tuple(result)
+        if len(result) != len(names):
+            raise GradientError(
+                f"differentiating {self.schema.name}: its backward returned {len(result)} gradients; expected "
+                f"{len(names)}, one per argument in order: {', '.join(names)}. Return None for arguments "
+                "without a gradient.",
+                op=self.schema.name,
+            )
+        return result
+
+
+class OpFormula:
+    """The formula is another op: it takes the outputs' gradients, then the saved values."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        plan: Plan | None,
+        formula: Any,
+        saves: Sequence[str],
+        non_differentiable: Sequence[str],
+    ) -> None:
+        self.schema = schema
+        self.formula = formula
+        self.non_differentiable = frozenset(non_differentiable)
+        self.arguments = differentiable_arguments(schema, plan, self.non_differentiable)
+        self.outputs = tuple(
+            i for i, r in enumerate(schema.results) if r.name not in self.non_differentiable
+        )
+        args = {p.name: i for i, p in enumerate(schema.params)}
+        outs = {r.name: i for i, r in enumerate(schema.results)}
+        self.saves: list[tuple[str, int]] = []
+        for name in saves:
+            if name not in args and name not in outs:
+                raise RegistrationError(
+                    f"registering the gradient of {schema.name}: saves names {name!r}; expected arguments "
+                    f"({', '.join(args)}) or outputs ({', '.join(outs)}). Name one of these.",
+                    op=schema.name,
+                )
+            self.saves.append(("in", args[name]) if name in args else ("out", outs[name]))
+        takes = len(self.outputs) + len(self.saves)
+        grads = [f"grad of {schema.results[i].name}" for i in self.outputs]
+        needed = [p for i, p in enumerate(formula.schema.params) if i >= takes and p.default is REQUIRED]
+        if len(formula.schema.positional) < takes or needed:
+            raise RegistrationError(
+                f"registering the gradient of {schema.name}: the formula {formula.name} takes "
+                f"{', '.join(p.name for p in formula.schema.params)}; expected {takes} arguments: "
+                f"{', '.join([*grads, *saves])}. Change saves= or the formula's signature.",
+                op=schema.name,
+            )
+        if len(formula.schema.results) != len(self.arguments):
+            raise RegistrationError(
+                f"registering the gradient of {schema.name}: the formula {formula.name} returns "
+                f"{len(formula.schema.results)} gradients; expected {len(self.arguments)}, one per "
+                f"differentiable argument: {', '.join(p.name for p in self.arguments) or 'none'}. Name "
+                "arguments without a gradient in non_differentiable=.",
+                op=schema.name,
+            )
+
+    def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        save_values(ctx, [(values if side == "in" else outputs)[i] for side, i in self.saves])
+
+    def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
+        result = self.formula(*(grads[i] for i in self.outputs), *saved_values(ctx))
+        by_name = dict(
+            zip((p.name for p in self.arguments), self.formula.schema.flatten(result), strict=True)
+        )
+        return [by_name.get(p.name) for p in self.schema.params]
+
+
+class ReferenceFormula:
+    """Differentiate the reference: run it again in backward and ask autograd."""
+
+    non_differentiable: frozenset[str]
+
+    def __init__(
+        self, schema: Schema, reference: Callable[..., Any], non_differentiable: Sequence[str] = ()
+    ) -> None:
+        self.schema = schema
+        self.reference = reference
+        self.non_differentiable = frozenset(non_differentiable)
+
+    def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        save_values(ctx, values)
+
+    def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
+        again = torch.is_grad_enabled()  # a second derivative is wanted: stay connected to the inputs
+        wanted: list[Tensor] = []
+
+        def leaf(value: Any, needed: bool) -> Any:
+            if not (isinstance(value, Tensor) and needed):
+                return value.detach() if isinstance(value, Tensor) and not again else value
+            own = value.view_as(value) if again else value.detach().requires_grad_()
+            wanted.append(own)
+            return own
+
+        with torch.enable_grad():
+            values = []
+            for value, needed in zip(saved_values(ctx), ctx.needs_input_grad, strict=True):
+                if isinstance(value, (list, tuple)):
+                    values.append([leaf(v, n) for v, n in zip(value, needed, strict=True)])
+                else:
+                    values.append(leaf(value, bool(needed)))
+            args, kwargs = self.schema.split(values)
+            outputs = self.schema.flatten(self.reference(*args, **kwargs))
+            pairs = []
+            for result, output, grad in zip(self.schema.results, outputs, grads, strict=True):
+                if result.name in self.non_differentiable:
+                    continue
+                many = result.type.is_list
+                pairs += zip(output if many else (output,), grad if many else (grad,), strict=True)
+            pairs = [(o, g) for o, g in pairs if isinstance(o, Tensor) and o.requires_grad and g is not None]
+            if not pairs or not wanted:
+                return [None] * len(self.schema.params)
+            found = iter(
+                torch.autograd.grad(
+                    [o for o, _ in pairs],
+                    wanted,
+                    [g.to(o.dtype) for o, g in pairs],
+                    create_graph=again,
+                    allow_unused=True,
+                )
+            )
+        result_grads: list[Any] = []
+        for needed in ctx.needs_input_grad:
+            if isinstance(needed, (list, tuple)):
+                result_grads.append([next(found) if n else None for n in needed])
+            else:
+                result_grads.append(next(found) if needed else None)
+        return result_grads
+
+
+class NoFormula:
+    """What an op has before a gradient is registered: differentiating it raises."""
+
+    non_differentiable: frozenset[str] = frozenset()
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+
+    def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        """Nothing is kept."""
+
+    def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
+        name = self.schema.name
+        raise GradientError(
+            f"differentiating {name}: it has no gradient formula. Register one with "
+            f"register_autograd(backward, setup_context=...), with another op, or with "
+            f"register_autograd(opkit.from_reference) where the reference is differentiable.",
+            op=name,
+        )
+
+
+def differentiable_arguments(
+    schema: Schema, plan: Plan | None, non_differentiable: frozenset[str]
+) -> tuple[Param, ...]:
+    """Return the Tensor arguments that may have a gradient, by what is declared."""
+    integer = set()
+    for tensors in plan.inputs if plan is not None else ():
+        rule = tensors.dtype
+        if rule and rule.kind == "fixed" and not (rule.fixed.is_floating_point or rule.fixed.is_complex):
+            integer.add(tensors.name)
+    return tuple(
+        p
+        for p in schema.params
+        if p.type.base == "Tensor"
+        and not p.mutated
+        and p.name not in non_differentiable
+        and p.name not in integer
+    )
+
+
+def save_values(ctx: Any, values: Sequence[Any]) -> None:
+    """Keep values for `saved_values`: tensors, also in lists, through autograd's own checks."""
+    tensors: list[Tensor | None] = []
+    pattern: list[Any] = []
+    for value in values:
+        if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+            pattern.append(len(value))
+            tensors += value
+        elif isinstance(value, Tensor):
+            pattern.append(None)
+            tensors.append(value)
+        else:
+            pattern.append((value,))
+    ctx.opkit_pattern = pattern
+    ctx.save_for_backward(*tensors)
+
+
+def saved_values(ctx: Any) -> list[Any]:
+    """Return what `save_values` kept."""
+    tensors = iter(ctx.saved_tensors)
+    values: list[Any] = []
+    for item in ctx.opkit_pattern:
+        if item is None:
+            values.append(next(tensors))
+        elif isinstance(item, tuple):
+            values.append(item[0])
+        else:
+            values.append([next(tensors) for _ in range(item)])
+    return values
+
+
+class _FromReference:
+    """The formula `opkit.from_reference`: run the reference again in backward and differentiate it."""
+
+    def __repr__(self) -> str:
+        return "from_reference"
+
+
+from_reference = _FromReference()
