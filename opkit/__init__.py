@@ -63,7 +63,9 @@ _LAZY = {
     "use_backend": "opkit.dispatch.preference",
 }
 
-__all__ = sorted([*_LAZY, "errors", *(n for n, v in vars(errors).items() if isinstance(v, type) and n.endswith("Error"))])
+__all__ = sorted(
+    [*_LAZY, "errors", *(n for n, v in vars(errors).items() if isinstance(v, type) and n.endswith("Error"))]
+)
 
 
 def __getattr__(name: str) -> Any:

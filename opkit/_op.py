@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
@@ -16,14 +16,21 @@ from opkit.cpp.light import Source
 from opkit.dispatch import preference, select, table
 from opkit.dispatch.run import Runner
 from opkit.dispatch.select import Candidate, Explanation
-from opkit.errors import DuplicateOpError, RegistrationError, SchemaError
+from opkit.errors import BackendError, DuplicateOpError, RegistrationError, SchemaError, did_you_mean
 from opkit.spec import plan as plans
 from opkit.spec import schema as schemas
 from opkit.spec import shapes as shape_lines
 from opkit.spec.plan import Plan
 from opkit.spec.schema import Schema, describe
 from opkit.transforms import gradient
-from opkit.transforms.formula import Formula, FunctionFormula, NoFormula, OpFormula, ReferenceFormula, from_reference
+from opkit.transforms.formula import (
+    Formula,
+    FunctionFormula,
+    NoFormula,
+    OpFormula,
+    ReferenceFormula,
+    from_reference,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -115,7 +122,7 @@ class Op(Generic[P, R]):
             >>> total(torch.ones(3, device="meta")).shape
             torch.Size([])
         """
-        self._check_signature(function, "a meta function")
+        schemas.check_signature(self.schema, function, "a meta function")
         self._meta = function
         self._runner.without_plan()
         return function
@@ -200,7 +207,7 @@ class Op(Generic[P, R]):
             source=source,
         )
         if not isinstance(function, Source):
-            self._check_signature(function, f"a {kernel.backend} kernel")
+            schemas.check_signature(self.schema, function, f"a {kernel.backend} kernel")
         self._table.add(kernel)
         return function
 
@@ -267,7 +274,10 @@ class Op(Generic[P, R]):
             self._formula = FunctionFormula(self.schema, backward, setup_context, non_differentiable)
         else:
             raise self._registration_error(
-                "the gradient", repr(backward), "a function, an Op or opkit.from_reference", "Pass one of these"
+                "the gradient",
+                repr(backward),
+                "a function, an Op or opkit.from_reference",
+                "Pass one of these",
             )
         return backward
 
@@ -291,6 +301,38 @@ class Op(Generic[P, R]):
             'cpp'
         """
         return select.explain(self._table, self.schema.fill(args, kwargs))
+
+    def build(self, *backends: str) -> list[Path]:
+        """Compile native kernels of the op now, and load none of them.
+
+        Works without the device that they are for: with nvcc, a CUDA kernel compiles on any machine.
+
+        Args:
+            *backends: whose kernels; by default all that have native source.
+
+        Returns:
+            The libraries' paths.
+
+        Raises:
+            BuildError: the source does not compile, or there is no compiler for it.
+            BackendError: the op has no native kernel of that backend.
+
+        Example:
+            >>> from opkit_kernels import vector_add
+            >>> [path.suffix for path in vector_add.build("cpp")]
+            ['.so']
+        """
+        found = [k for k in self._table.all() if isinstance(k.function, Source)]
+        known = {k.backend for k in found}
+        for name in backends:
+            if name not in known:
+                raise BackendError(
+                    f"building {self.name}: no native kernel has the backend {name!r}; native kernels of the op: "
+                    f"{', '.join(sorted(known)) or 'none'}.{did_you_mean(name, known)} Name one of these.",
+                    op=self.name,
+                )
+        wanted = [k.function for k in found if not backends or k.backend in backends]
+        return [s.build(self.schema, self._runner.plan) for s in wanted if isinstance(s, Source)]
 
     # ---------------------------------------------------------------- torch's side
 
@@ -348,30 +390,6 @@ class Op(Generic[P, R]):
         return self.overload(*args, **kwargs)
 
     # ---------------------------------------------------------------- checking registrations
-
-    def _check_signature(self, function: Callable[..., Any], what: str) -> None:
-        """Raise unless `function` can be called with the op's arguments, in their order."""
-        if not callable(function):
-            raise self._registration_error(what, repr(function), "a function", "Pass one")
-        try:
-            own = inspect.signature(function)
-        except ValueError:  # a builtin without a signature: it is found out when it is called
-            return
-        names = [p.name for p in self.schema.params]
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        theirs = [p.name for p in own.parameters.values() if p.kind in positional]
-        swapped = set(theirs) <= set(names) and [n for n in names if n in theirs] != theirs
-        try:
-            own.bind(*self.schema.positional, **{p.name: p for p in self.schema.keyword_only})
-        except TypeError:
-            swapped = True
-        if swapped:
-            raise self._registration_error(
-                what,
-                f"{describe(function)} with the signature {own}",
-                f"the op's arguments ({', '.join(names)}) in this order",
-                "Change its parameters",
-            )
 
     def _check_names(self, non_differentiable: Sequence[str]) -> None:
         names = [p.name for p in self.schema.params] + [r.name for r in self.schema.results]

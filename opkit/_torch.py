@@ -23,7 +23,7 @@ any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 after_inplace_or_view: Any = torch._C._after_ADInplaceOrView_keyset
 
 # Whether two tensors share a storage; untyped_storage() would create two Python objects for it.
-is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of
+is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 # Objects that torch carries to autograd's own threads (at::ThreadLocalState). pytorch has no public
 # way to do that; torch/_dynamo and torch/distributed use the same two.
@@ -40,7 +40,9 @@ def stashed() -> Any:
     return torch._C._get_obj_in_tls(_STASHED) if torch._C._is_key_in_tls(_STASHED) else None
 
 
-def register_meta(library: torch.library.Library, name: str, function: Callable[..., Any], source: str) -> None:
+def register_meta(
+    library: torch.library.Library, name: str, function: Callable[..., Any], source: str
+) -> None:
     """Register the meta function of an op defined in `library`.
 
     `Library._register_fake` looks up the source text of its caller, which takes 0.45 ms per op;

@@ -24,9 +24,25 @@ void rms_norm(opkit::Tensor x, opkit::Tensor weight, double eps, opkit::Tensor y
         const A scale = 1 / sqrt(squares / A(n) + A(eps));
         rstds[r] = float(scale);
         T* out = ys + r * n;
-#pragma omp simd
         for (int64_t i = 0; i < n; ++i) out[i] = T(A(row[i]) * scale * w[i]);
       }
+    });
+  });
+}
+
+// out[i] = sum over the blocks of partial[block, i]
+template <class A>
+static void add_blocks(const A* partial, int64_t blocks, int64_t n, opkit::Tensor out) {
+  dispatch_floating(out, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = out.data<T>();
+    opkit::parallel_for(0, n, row_grain(blocks), [&](int64_t begin, int64_t end) {
+      const Buffer<A> buffer(end - begin);
+      A* sums = buffer.data() - begin;
+      for (int64_t i = begin; i < end; ++i) sums[i] = 0;
+      for (int64_t b = 0; b < blocks; ++b)
+        for (int64_t i = begin; i < end; ++i) sums[i] += partial[b * n + i];
+      for (int64_t i = begin; i < end; ++i) to[i] = T(sums[i]);
     });
   });
 }
@@ -64,7 +80,6 @@ void rms_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, opkit::Tensor weig
           const A scale = 1 / sqrt(squares / A(n) + A(eps));
           const A shift = dot * scale * scale / A(n);
           T* out = grad_xs + r * n;
-#pragma omp simd
           for (int64_t i = 0; i < n; ++i) {
             out[i] = T(scale * (A(g[i]) * w[i] - A(row[i]) * shift));
             sums[i] += A(g[i]) * (A(row[i]) * scale);
@@ -72,16 +87,6 @@ void rms_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, opkit::Tensor weig
         }
       }
     });
-    dispatch_floating(grad_weight, [&](auto weight_zero) {
-      using W = decltype(weight_zero);
-      W* out = grad_weight.data<W>();
-      opkit::parallel_for(0, n, row_grain(blocks), [&](int64_t begin, int64_t end) {
-        const Buffer<A> sums(end - begin);
-        for (int64_t i = begin; i < end; ++i) sums.data()[i - begin] = 0;
-        for (int64_t b = 0; b < blocks; ++b)
-          for (int64_t i = begin; i < end; ++i) sums.data()[i - begin] += partial.data()[b * n + i];
-        for (int64_t i = begin; i < end; ++i) out[i] = W(sums.data()[i - begin]);
-      });
-    });
+    add_blocks(partial.data(), blocks, n, grad_weight);
   });
 }

@@ -19,8 +19,7 @@ void swiglu(opkit::Tensor gate, opkit::Tensor up, opkit::Tensor y) {
         const T* g = gates.read(i, count, gate_buffer);
         const T* u = ups.read(i, count, up_buffer);
         T* out = ys + i;
-#pragma omp simd
-        for (int64_t k = 0; k < count; ++k) out[k] = T(A(g[k]) / (1 + exp(-A(g[k]))) * A(u[k]));
+        for (int64_t k = 0; k < count; ++k) out[k] = T(A(g[k]) / (1 + fast_exp(-A(g[k]))) * A(u[k]));
       }
     });
   });
@@ -44,9 +43,8 @@ void swiglu_backward(opkit::Tensor grad_y, opkit::Tensor gate, opkit::Tensor up,
         const T* u = ups.read(i, count, up_buffer);
         T* out_gate = grad_gates + i;
         T* out_up = grad_ups + i;
-#pragma omp simd
         for (int64_t k = 0; k < count; ++k) {
-          const A s = 1 / (1 + exp(-A(g[k])));
+          const A s = 1 / (1 + fast_exp(-A(g[k])));
           out_gate[k] = T(A(d[k]) * A(u[k]) * s * (1 + A(g[k]) * (1 - s)));
           out_up[k] = T(A(d[k]) * A(g[k]) * s);
         }

@@ -191,7 +191,9 @@ class Job:
 
         if (Path(torch.__file__).parent / "lib" / "libtorch_cuda.so").exists():
             return []
-        return [f"-L{shlex.quote(str(stub_libraries(self.cxx, ('libc10_cuda.so', 'libtorch_cuda.so'))))}"]
+        stubs = stub_libraries(self.cxx, ("libc10_cuda.so", "libtorch_cuda.so"))
+        # The stubs define nothing, so a linker that keeps only what is used would not name them.
+        return [f"-L{shlex.quote(str(stubs))}", "-Wl,--no-as-needed"]
 
     def _run_ninja(self, ninja: Sequence[str], folder: Path) -> tuple[int, str]:
         process = subprocess.Popen(
@@ -229,7 +231,7 @@ class Job:
             label=self.label,
             sources=[*self.files, *(kept / text for text in self.texts if not text.startswith("main."))],
             log_path=kept / "log.txt",
-            command=failed[1] if failed else ninja,
+            command=failed[1].strip() if failed else ninja,
             command_path=kept / "command.sh",
         )
 

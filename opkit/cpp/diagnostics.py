@@ -41,6 +41,7 @@ _ONLY_SUMS_UP = re.compile(
 )
 # g++: k.cpp:12:20:   required from here; clang++: note: ... requested here; nvcc: ... at line 12 of k.cu
 _REQUIRED = re.compile(r"^(?P<file>[^\s:(][^:(]*):(?P<line>\d+):(?:(?P<column>\d+):)?\s+required from ")
+_CONTEXT = re.compile(r"^In file included from |: (?:In |At global scope)")  # g++: what follows is elsewhere
 _REQUESTED = re.compile(r"requested here")
 _AT_LINE = re.compile(r"\bat line (?P<line>\d+)(?: of (?P<file>\S+))?")
 _KILLED = re.compile(r"Killed signal|signal 9|signal terminated program|Killed$", re.MULTILINE)
@@ -62,11 +63,13 @@ def parse(output: str) -> list[Finding]:
     3
     """
     findings: list[Finding] = []
-    pending: list[tuple[str, int, int]] = []  # "required from here" comes before the error it explains
+    pending: list[tuple[str, int, int]] = []  # "required from here" stands before the errors it explains
     current: Finding | None = None
     for line in output.splitlines():
-        required = _REQUIRED.match(line)
-        if required:
+        if _CONTEXT.search(line):
+            pending, current = [], None
+            continue
+        if required := _REQUIRED.match(line):
             pending.append(_site(required))
             current = None
             continue
@@ -75,8 +78,7 @@ def parse(output: str) -> list[Finding]:
             if _ONLY_SUMS_UP.search(start["text"]):
                 continue
             file, number, column = _site(start)
-            current = Finding(Diagnostic(file, number, column, start["text"].strip()), [line], pending)
-            pending = []
+            current = Finding(Diagnostic(file, number, column, start["text"].strip()), [line], list(pending))
             findings.append(current)
         elif start and start["kind"] == "note" and current:
             if _REQUESTED.search(line):

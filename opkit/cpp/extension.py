@@ -219,10 +219,13 @@ def _import(name: str, path: Path) -> ModuleType:
     import torch  # noqa: F401  (the library finds torch's symbols in this process)
 
     if path not in _modules:
-        spec = importlib.util.spec_from_file_location(name, path)
+        # pybind11 3 keeps modules by the name in their spec (pybind11.h, cached_create_module): a second
+        # content under one name would silently be the first one. What stands before the dot tells them apart.
+        spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{name}", path)
         if spec is None or spec.loader is None:
             raise ImportError(f"{path} is no extension module of this Python")
         module = importlib.util.module_from_spec(spec)
+        module.__name__ = name  # before it runs: its classes take their __module__ from here
         spec.loader.exec_module(module)
         _modules[path] = module
     return _modules[path]

@@ -70,7 +70,10 @@ class KernelTable:
 
     def all(self) -> list[Kernel]:
         """Return every kernel, by device."""
-        return [*sorted(self._kernels.values(), key=lambda k: (k.device, -k.priority, k.backend)), self.reference]
+        return [
+            *sorted(self._kernels.values(), key=lambda k: (k.device, -k.priority, k.backend)),
+            self.reference,
+        ]
 
 
 def device_type(device: str, op: str) -> str:
@@ -133,4 +136,6 @@ def make_kernel(
             op=op,
         )
     where = source or (str(function) if isinstance(function, Source) else describe(function))
-    return Kernel(backend, device, function, tuple(dtypes) if dtypes is not None else None, when, priority, where)
+    return Kernel(
+        backend, device, function, tuple(dtypes) if dtypes is not None else None, when, priority, where
+    )

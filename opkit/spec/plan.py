@@ -8,15 +8,15 @@ entries slowly and raises with names. The C++ twin of the generated code is writ
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from opkit.errors import DtypeError, ShapeError
-from opkit.spec import shapes
+from opkit.errors import ShapeError
+from opkit.spec import _infer, shapes
+from opkit.spec.mismatch import Mismatch
 from opkit.spec.schema import Param, Schema
 from opkit.spec.shapes import Dim, Entry, ShapeLine
 
@@ -77,11 +77,24 @@ class Plan:
         return tensors or tuple(p for p in self.schema.params if str(p.type) == "Device")
 
     @functools.cached_property
+    def binders(self) -> dict[str, tuple[str, ...]]:
+        """Return for each dimension name the inputs that may bind it: the first sure one ends the list."""
+        binders: dict[str, list[str]] = {}
+        sure: set[str] = set(self.int_names)
+        for tensors in self.inputs:
+            for dim in tensors.entry.dims:
+                if (dim.is_name or (dim.star and dim.text != "...")) and dim.text not in sure:
+                    binders.setdefault(dim.text, []).append(tensors.name)
+                    if not tensors.optional:
+                        sure.add(dim.text)
+        return {name: tuple(dict.fromkeys(who)) for name, who in binders.items()}
+
+    @functools.cached_property
     def infer(self) -> Callable[..., tuple[tuple[OutputMeta, ...], torch.device]]:
         """Check all arguments, in schema order, and return the outputs' metadata and device."""
-        source = _python(self)
+        text = _infer.source(self)
         namespace: dict[str, Any] = {"_Meta": OutputMeta, "_explain": self.explain, "_torch": torch}
-        exec(compile(source, f"<plan of {self.schema.name}>", "exec"), namespace)
+        exec(compile(text, f"<plan of {self.schema.name}>", "exec"), namespace)
         infer: Callable[..., Any] = namespace["infer"]
         return infer
 
@@ -92,7 +105,7 @@ class Plan:
             ShapeError: a number of dimensions or a size does not fit.
             DtypeError: a dtype does not fit.
         """
-        _Explanation(self, values).run()
+        Mismatch(self, values).run()
         raise AssertionError(f"{self.schema.name}: the generated plan and its explanation disagree")
 
 
@@ -103,15 +116,14 @@ def bind(line: ShapeLine, schema: Schema, text: str) -> Plan:
         ShapeError: the number of entries, a suffix, or a name does not fit the signature.
     """
     op = schema.name
-    params = [p for p in schema.params if p.type.base == "Tensor"]
-    for p in (*params, *schema.results):
-        if p.type.is_list:
-            raise ShapeError(
-                f"reading the shape line of {op}: {p.name} is a list of tensors; a shape line cannot describe "
-                "lists yet. Leave shapes= out and write the meta function with register_fake.",
-                op=op,
-            )
-    inputs = [p for p in params]
+    inputs = [p for p in schema.params if p.type.base == "Tensor"]
+    lists = [p.name for p in inputs if p.type.is_list] + [r.name for r in schema.results if r.type.is_list]
+    if lists:
+        raise ShapeError(
+            f"reading the shape line of {op}: {lists[0]} is a list of tensors; a shape line cannot describe "
+            "lists yet. Leave shapes= out and write the meta function with register_fake.",
+            op=op,
+        )
     if len(line.inputs) != len(inputs):
         raise _arity(text, op, "inputs", len(line.inputs), [p.name for p in inputs], 0)
     if len(line.outputs) != len(schema.results):
@@ -203,223 +215,3 @@ def _rule(entry: Entry, schema: Schema, text: str, *, output: bool) -> DtypeRule
         f"the suffix {entry.suffix!r}",
         "a dtype such as float32, or the name of a Tensor or dtype argument",
     )
-
-
-# ---------------------------------------------------------------- the generated check
-
-
-def python_expression(dim: Dim) -> str:
-    """Return the size as Python over the generated names `_d_<name>`."""
-    return re.sub(r"[A-Za-z_]\w*", r"_d_\g<0>", dim.text)
-
-
-def first_bindings(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Return for each dimension name the inputs that may bind it: the first sure one ends the list."""
-    binders: dict[str, list[str]] = {}
-    sure: set[str] = set(plan.int_names)
-    for tensors in plan.inputs:
-        for dim in tensors.entry.dims:
-            if (dim.is_name or (dim.star and dim.text != "...")) and dim.text not in sure:
-                binders.setdefault(dim.text, []).append(tensors.name)
-                if not tensors.optional:
-                    sure.add(dim.text)
-    return {name: tuple(dict.fromkeys(who)) for name, who in binders.items()}
-
-
-def _python(plan: Plan) -> str:
-    lines = [f"def infer({', '.join(p.name for p in plan.schema.params)}):"]
-    everything = ", ".join(p.name for p in plan.schema.params)
-    emit = lines.append
-    known = set(plan.int_names)
-    for name in plan.int_names:
-        emit(f"    _d_{name} = {name}")
-    unsure = {n for n, who in first_bindings(plan).items() if any(_optional(plan, w) for w in who)}
-    for name in sorted(unsure):
-        emit(f"    _d_{name} = None")
-    late: list[str] = []
-    for index, tensors in enumerate(plan.inputs):
-        pad, shape = "    ", f"_s_{index}"
-        if tensors.optional:
-            emit(f"    if {tensors.name} is not None:")
-            pad = "        "
-        emit(f"{pad}{shape} = {tensors.name}.shape")
-        dims, star = tensors.entry.dims, tensors.entry.star
-        count = len(dims) - (star is not None)
-        emit(f"{pad}if len({shape}) {'<' if star is not None else '!='} {count}: _explain({everything})")
-        for position, dim in enumerate(dims):
-            after = star is not None and position > star
-            place = f"{shape}[{position - len(dims) if after else position}]"
-            if dim.star:
-                stop = position + 1 - len(dims)
-                place = f"{shape}[{position}:{stop if stop else ''}]"
-            if dim.is_any:
-                continue
-            if dim.star or dim.is_name:
-                variable = f"_d_{dim.text}"
-                if dim.text not in known and dim.text not in unsure:
-                    emit(f"{pad}{variable} = {place}")
-                    known.add(dim.text)
-                elif dim.text in unsure:
-                    emit(f"{pad}if {variable} is None: {variable} = {place}")
-                    emit(f"{pad}elif {place} != {variable}: _explain({everything})")
-                else:
-                    emit(f"{pad}if {place} != {variable}: _explain({everything})")
-            else:
-                guards = [f"{tensors.name} is not None"] if tensors.optional else []
-                guards += [f"_d_{n} is not None" for n in dim.names() if n in unsure]
-                test = " and ".join([*guards, f"{place} != {python_expression(dim)}"])
-                late.append(f"    if {test}: _explain({everything})")
-        if tensors.dtype is not None:
-            want = _python_dtype(tensors.dtype, plan)
-            emit(f"{pad}if {tensors.name}.dtype != {want}: _explain({everything})")
-    lines += late
-    for tensors in plan.outputs:
-        for name in {n for d in tensors.entry.dims for n in d.names()} & unsure:
-            emit(f"    if _d_{name} is None: _explain({everything})")
-    outputs = []
-    for tensors in plan.outputs:
-        parts = [f"*_d_{d.text}" if d.star else python_expression(d) for d in tensors.entry.dims]
-        shape = "(" + "".join(f"{part}, " for part in parts) + ")"
-        outputs.append(f"_Meta({shape}, {_python_dtype(tensors.dtype, plan)})")
-    device = _first(plan, "device")
-    emit(f"    return ({''.join(o + ', ' for o in outputs)}), {device}")
-    return "\n".join(lines) + "\n"
-
-
-def _optional(plan: Plan, name: str) -> bool:
-    return next(t.optional for t in plan.inputs if t.name == name)
-
-
-def _python_dtype(rule: DtypeRule | None, plan: Plan) -> str:
-    assert rule is not None
-    if rule.kind == "fixed":
-        return f"_torch.{rule.name}"
-    if rule.kind == "tensor":
-        param = next(p for p in plan.schema.params if p.name == rule.name)
-        own = f"{rule.name}.dtype"
-        return f"({own} if {rule.name} is not None else {_first(plan, 'dtype')})" if param.type.optional else own
-    return rule.name if rule.kind == "value" else _first(plan, "dtype")
-
-
-def _first(plan: Plan, attribute: str) -> str:
-    """Return Python for an attribute of the first Tensor argument that is not None."""
-    text = "None"
-    for param in reversed(plan.device_params):
-        if not param.type.is_tensor:
-            text = f"_torch.device({param.name})"
-        elif param.type.optional:
-            text = f"({param.name}.{attribute} if {param.name} is not None else {text})"
-        else:
-            text = f"{param.name}.{attribute}"
-    return text
-
-
-# ---------------------------------------------------------------- the explanation
-
-
-class _Explanation:
-    """Walks the entries in order, remembers where each name was bound, raises at the first mismatch."""
-
-    def __init__(self, plan: Plan, values: Sequence[Any]) -> None:
-        self.plan = plan
-        self.values = {p.name: v for p, v in zip(plan.schema.params, values, strict=True)}
-        self.sizes: dict[str, Any] = {}
-        self.where: dict[str, str] = {}
-
-    def run(self) -> None:
-        for name in self.plan.int_names:
-            self.sizes[name], self.where[name] = self.values[name], f"the argument {name}"
-        present = [t for t in self.plan.inputs if self.values[t.name] is not None]
-        for tensors in present:
-            self._rank(tensors)
-            for dim, axis, size in self._axes(tensors):
-                if not dim.is_any and (dim.star or dim.is_name):
-                    self._name(tensors, dim, axis, size)
-        for tensors in present:
-            for dim, axis, size in self._axes(tensors):
-                if not (dim.is_any or dim.star or dim.is_name):
-                    self._expression(tensors, dim, axis, size)
-            self._dtype(tensors)
-        for tensors in self.plan.outputs:
-            for name in {n for d in tensors.entry.dims for n in d.names()} - set(self.sizes):
-                self._raise(
-                    f"the size {name} of output {tensors.name} is bound only by arguments that are None",
-                    "Pass one of them.",
-                )
-
-    def _rank(self, tensors: Tensors) -> None:
-        shape, dims = self.values[tensors.name].shape, tensors.entry.dims
-        least = len(dims) - (tensors.entry.star is not None)
-        if len(shape) < least or (tensors.entry.star is None and len(shape) != least):
-            at_least = "at least " if tensors.entry.star is not None else ""
-            self._raise(
-                f"argument {tensors.name} has {len(shape)} dimensions, its entry '{tensors.entry}' "
-                f"has {at_least}{least}",
-                "Reshape the argument.",
-            )
-
-    def _axes(self, tensors: Tensors) -> list[tuple[Dim, int, Any]]:
-        shape, star = tuple(self.values[tensors.name].shape), tensors.entry.star
-        dims, found = tensors.entry.dims, []
-        extra = len(shape) - len(dims) + 1
-        axis = 0
-        for position, dim in enumerate(dims):
-            width = extra if position == star else 1
-            found.append((dim, axis, shape[axis : axis + width] if position == star else shape[axis]))
-            axis += width
-        return found
-
-    def _name(self, tensors: Tensors, dim: Dim, axis: int, size: Any) -> None:
-        place = f"the dimensions of {tensors.name}" if dim.star else f"dimension {axis} of {tensors.name}"
-        if dim.text not in self.sizes:
-            self.sizes[dim.text], self.where[dim.text] = size, place
-        elif self.sizes[dim.text] != size:
-            one = f"{place} that {dim} stands for are" if dim.star else f"{place} ({dim}) is"
-            self._raise(
-                f"{one} {size}, but {self.where[dim.text]} bound {dim} to {self.sizes[dim.text]}",
-                "Make the two equal; nothing broadcasts.",
-            )
-
-    def _expression(self, tensors: Tensors, dim: Dim, axis: int, size: Any) -> None:
-        if any(name not in self.sizes for name in dim.names()):
-            return
-        names = {f"_d_{name}": self.sizes[name] for name in dim.names()}
-        want = eval(python_expression(dim), {"__builtins__": {}}, names)
-        if want != size:
-            given = ", ".join(f"{n} = {self.sizes[n]} by {self.where[n]}" for n in dim.names())
-            reason = f" ({dim}{': ' + given if given else ''})" if not dim.text.isdigit() else ""
-            self._raise(
-                f"dimension {axis} of {tensors.name} is {size}, expected {want}{reason}",
-                "Pass a tensor of that size.",
-            )
-
-    def _dtype(self, tensors: Tensors) -> None:
-        if tensors.dtype is None:
-            return
-        rule = tensors.dtype
-        if rule.kind == "fixed":
-            want, reason = rule.fixed, "as the shape line says"
-        elif rule.kind == "value":
-            want, reason = self.values[rule.name], f"the value of {rule.name}"
-        else:
-            if self.values[rule.name] is None:
-                return
-            want, reason = self.values[rule.name].dtype, f"the dtype of {rule.name}"
-        found = self.values[tensors.name].dtype
-        if found != want:
-            raise DtypeError(
-                f"calling {self.plan.schema.name}: argument {tensors.name} has dtype {found}, "
-                f"expected {want}, {reason}. Convert it: {tensors.name}.to({want}).",
-                op=self.plan.schema.name,
-            )
-
-    def _raise(self, found: str, advice: str) -> NoReturn:
-        got = ", ".join(f"{t.name} {_shape(self.values[t.name])}" for t in self.plan.inputs)
-        raise ShapeError(
-            f"calling {self.plan.schema.name}: {found}. Expected '{self.plan.line}', got {got}. {advice}",
-            op=self.plan.schema.name,
-        )
-
-
-def _shape(value: Any) -> str:
-    return "None" if value is None else "(" + ", ".join(map(str, value.shape)) + ")"

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from opkit.errors import SchemaError
+from opkit.errors import RegistrationError, SchemaError
 
 REQUIRED: Any = inspect.Parameter.empty
 
@@ -229,6 +229,34 @@ def describe(function: Callable[..., Any]) -> str:
     return f"{title} ({code.co_filename}:{code.co_firstlineno})" if code else title
 
 
+def check_signature(schema: Schema, function: Callable[..., Any], what: str) -> None:
+    """Raise RegistrationError unless `function` can be called with the op's arguments, in their order."""
+    names = [p.name for p in schema.params]
+    if not callable(function):
+        raise RegistrationError(
+            f"registering {what} of {schema.name}: found {function!r}; expected a function of "
+            f"({', '.join(names)}). Pass one.",
+            op=schema.name,
+        )
+    try:
+        own = inspect.signature(function)
+    except ValueError:  # a builtin without a signature: it is found out when it is called
+        return
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    theirs = [p.name for p in own.parameters.values() if p.kind in by_place]
+    fits = not set(theirs) <= set(names) or [n for n in names if n in theirs] == theirs
+    try:
+        own.bind(*schema.positional, **{p.name: p for p in schema.keyword_only})
+    except TypeError:
+        fits = False
+    if not fits:
+        raise RegistrationError(
+            f"registering {what} of {schema.name}: found {describe(function)} with the signature {own}; expected "
+            f"the op's arguments ({', '.join(names)}) in this order. Change its parameters.",
+            op=schema.name,
+        )
+
+
 def _param(
     parameter: inspect.Parameter, hints: Mapping[str, Any], mutates: Sequence[str], where: str, op: str
 ) -> Param:
@@ -279,7 +307,7 @@ def _value_type(annotation: Any) -> ValueType | None:
         if found is None or found.optional:
             return None
         return ValueType(found.base, found.is_list, True, found.optional_elements)
-    if annotation in _BASES.keys() if isinstance(annotation, collections.abc.Hashable) else False:
+    if isinstance(annotation, collections.abc.Hashable) and annotation in _BASES:
         return ValueType(_BASES[annotation])
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:

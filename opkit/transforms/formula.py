@@ -79,9 +79,7 @@ class OpFormula:
         self.formula = formula
         self.non_differentiable = frozenset(non_differentiable)
         self.arguments = differentiable_arguments(schema, plan, self.non_differentiable)
-        self.outputs = tuple(
-            i for i, r in enumerate(schema.results) if r.name not in self.non_differentiable
-        )
+        self.outputs = tuple(i for i, r in enumerate(schema.results) if r.name not in self.non_differentiable)
         args = {p.name: i for i, p in enumerate(schema.params)}
         outs = {r.name: i for i, r in enumerate(schema.results)}
         self.saves: list[tuple[str, int]] = []
@@ -158,7 +156,7 @@ class ReferenceFormula:
                     values.append(leaf(value, bool(needed)))
             args, kwargs = self.schema.split(values)
             outputs = self.schema.flatten(self.reference(*args, **kwargs))
-            pairs = []
+            pairs: list[tuple[Any, Any]] = []
             for result, output, grad in zip(self.schema.results, outputs, grads, strict=True):
                 if result.name in self.non_differentiable:
                     continue

@@ -20,9 +20,7 @@ from opkit.transforms.formula import Formula, NoFormula
 _FIXED = 2  # leading arguments of Function.apply that are not the op's
 
 
-def autograd_kernel(
-    schema: Schema, overload: Any, formula: Callable[[], Formula]
-) -> Callable[..., Any]:
+def autograd_kernel(schema: Schema, overload: Any, formula: Callable[[], Formula]) -> Callable[..., Any]:
     """Return the kernel for the Autograd key of `overload`, which asks `formula` at every call.
 
     The overload takes the arguments of `schema`, and possibly further keyword arguments, which are

@@ -1,4 +1,4 @@
-// What opkit's CPU kernels share: row buffers, and an exp that the compiler can vectorise.
+// What opkit's CPU kernels share: row buffers, and an exponential that the compiler can vectorise.
 #pragma once
 
 #include <opkit_kernels/wide.h>
@@ -50,7 +50,7 @@ inline int64_t row_grain(int64_t n) { return n < 16384 ? 16384 / (n > 0 ? n : 1)
 // that a loop over it becomes vector code. x = k ln 2 + r, e^x = 2^k e^r, with e^r as a polynomial of |r| <= ln 2 / 2.
 // Adding 1.5 * 2^23 rounds to the integer k and leaves it in the low bits; 2^k is applied in two halves because it
 // alone may overflow or be subnormal.
-inline float exp(float x) {
+inline float fast_exp(float x) {
   x = x > 100.0f ? 100.0f : x;  // not a number stays what it is: the comparison is false
   x = x < -110.0f ? -110.0f : x;
   const float magic = 12582912.0f;
@@ -72,7 +72,7 @@ inline float exp(float x) {
 }
 
 // The same in double, with the Taylor polynomial of degree 13, which is off by less than 2^-58 there.
-inline double exp(double x) {
+inline double fast_exp(double x) {
   x = x > 720.0 ? 720.0 : x;
   x = x < -760.0 ? -760.0 : x;
   const double magic = 6755399441055744.0;

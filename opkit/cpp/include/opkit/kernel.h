@@ -129,14 +129,26 @@ struct alignas(2) Half {
   OPKIT_HOST_DEVICE Half(float value) { bits = __half_as_ushort(__float2half_rn(value)); }
   OPKIT_HOST_DEVICE operator float() const { return __half2float(__ushort_as_half(bits)); }
 #else
+  // Integers and selects instead of _Float16, which gcc does not vectorise before AVX512-FP16. Nothing here is a
+  // subnormal float, which a thread may be told to flush.
   Half(float value) {
-    const _Float16 h = static_cast<_Float16>(value);
-    __builtin_memcpy(&bits, &h, 2);
+    union { float f; uint32_t u; } v{value}, small;
+    const uint32_t sign = v.u >> 16 & 0x8000u;
+    v.u &= 0x7fffffffu;
+    small.f = v.f + 0.5f;  // leaves a subnormal half in the low bits, rounded to even by the addition
+    const uint32_t subnormal = small.u - 0x3f000000u;
+    const uint32_t normal = (v.u - 0x38000000u + 0xfffu + (v.u >> 13 & 1u)) >> 13;
+    const uint32_t huge = v.u > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t finite = v.u < 0x38800000u ? subnormal : normal;
+    bits = static_cast<uint16_t>(sign | (v.u >= 0x477ff000u ? huge : finite));
   }
   operator float() const {
-    _Float16 h;
-    __builtin_memcpy(&h, &bits, 2);
-    return static_cast<float>(h);
+    const uint32_t magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+    union { uint32_t u; float f; } small{magnitude + 0x38800000u}, v;
+    small.f -= 6.103515625e-05f;  // 2^-14
+    const uint32_t normal = magnitude + (magnitude >= 0x0f800000u ? 0x70000000u : 0x38000000u);
+    v.u = sign | (magnitude < 0x00800000u ? small.u : normal);
+    return v.f;
   }
 #endif
 };

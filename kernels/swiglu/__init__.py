@@ -1,0 +1,1 @@
+"""opkit::swiglu: declaration, reference and gradient in swiglu.py, kernels in swiglu.cpp and swiglu.cu."""

@@ -1,0 +1,227 @@
+"""The glue of a light kernel: C++ generated from the schema and the shape line.
+
+The C++ does what `Plan.infer` does in Python: it takes the arguments off torch's stack, checks them
+against the shape line, allocates the outputs, and calls the kernel. The two must agree; a test holds
+them against each other.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from opkit.errors import BuildError
+from opkit.spec.plan import DtypeRule, Plan
+from opkit.spec.schema import Param, Schema
+from opkit.spec.shapes import Dim
+
+_SCALARS = {"SymInt": "int64_t", "float": "double", "bool": "bool", "ScalarType": "DType", "Device": "Device"}
+
+
+def signature(symbol: str, schema: Schema) -> str:
+    """Return the C++ declaration that a light kernel of an op must have."""
+    params = [f"{_parameter_type(p)} {p.name}" for p in schema.params]
+    params += [
+        f"opkit::{'Span<opkit::Tensor>' if r.type.is_list else 'Tensor'} {r.name}" for r in schema.results
+    ]
+    return f"void {symbol}({', '.join(params)});"
+
+
+def _parameter_type(param: Param) -> str:
+    t = param.type
+    if t.base == "Tensor":
+        text = "opkit::Tensor"
+    elif t.base == "str":
+        text = "opkit::StringView"
+    else:
+        text = _SCALARS[t.base]
+        text = text if text[0].islower() else f"opkit::{text}"
+    if t.is_list:
+        text = f"opkit::Span<{text}>"
+    if t.optional and not t.is_tensor:
+        text = f"opkit::Optional<{text}>"
+    return text
+
+
+def unit_source(kernel: str, symbol: str, schema: Schema, plan: Plan | None, *, cuda: bool) -> str:
+    """Return the translation unit of a kernel: `kernel`, its text or an #include of it, then the glue."""
+    if any(r.type.is_list for r in schema.results):
+        raise BuildError(
+            f"building {schema.name}: the op returns a list of tensors, which a light kernel "
+            "cannot allocate. Return a tuple of fixed length, or register a Python kernel.",
+            op=schema.name,
+        )
+    before, opened, arguments, devices = [], [], [], []
+    for index, param in enumerate(schema.params):
+        taken, view, argument = _argument(param, f"stack[{index}]")
+        before.append(taken)
+        opened += [view] if view else []
+        arguments.append(argument)
+        if param.type.is_tensor:
+            devices.append(f"t_{param.name}")
+    body = [*before, *opened]
+    body += [f"same_device({devices[0]}, {other});" for other in devices[1:]]
+    if cuda and devices:
+        body.append(f"DeviceGuard device_guard({devices[0]});")
+    finish: list[str] = []
+    if plan is not None:
+        made, finish = _outputs(plan)
+        body += [*_checks(plan), *made]
+        arguments += [f"t_{t.name}" for t in plan.outputs]
+    else:
+        count = len(schema.params)
+        for index, result in enumerate(schema.results):
+            body.append(f'TensorArg h_{result.name}(stack[{count + index}], "{result.name}", false, true);')
+            arguments.append(f"h_{result.name}.open()")
+    body.append(f"::{symbol}({', '.join(arguments)});")
+    body += finish
+    lines = "\n".join(f"    {line}" for line in body)
+    return f"""#define OPKIT_OP "{schema.name}"
+{kernel}
+#include <opkit/glue.h>
+#line 1 "opkit glue of {schema.name}"
+extern "C" __attribute__((visibility("default"))) void opkit_call(uint64_t* stack, uint64_t, uint64_t) {{
+  using namespace opkit;
+  using namespace opkit::glue;
+  guarded([&] {{
+{lines}
+  }});
+}}
+"""
+
+
+def _argument(param: Param, slot: str) -> tuple[str, str, str]:
+    """Return C++ that takes an argument off the stack, that opens it, and that passes it on."""
+    name, t = param.name, param.type
+    optional = "true" if t.optional else "false"
+    changed = "true" if param.mutated else "false"
+    if t.is_list:
+        taken = f'ListArg l_{name}({slot}, "{name}", {optional});'
+        if t.base == "Tensor":
+            elements = "true" if t.optional_elements else "false"
+            return taken, f"TensorList v_{name}(l_{name}, {elements}, {changed});", f"v_{name}"
+        if t.base == "str":
+            raise BuildError(
+                f"building a light kernel: argument {name} is a list of str, which it cannot take"
+            )
+        return taken, f"ScalarList<{_SCALARS[t.base]}> v_{name}(l_{name});", f"v_{name}"
+    if t.base == "Tensor":
+        taken = f'TensorArg h_{name}({slot}, "{name}", {optional}, {changed});'
+        return taken, f"const Tensor t_{name} = h_{name}.open();", f"t_{name}"
+    if t.base == "str":
+        return f'StringArg v_{name}({slot}, "{name}", {optional});', "", f"v_{name}"
+    scalar = _SCALARS[t.base]
+    if t.optional:
+        return f"const Optional<{scalar}> v_{name} = optional_scalar<{scalar}>({slot});", "", f"v_{name}"
+    return f"const {scalar} v_{name} = decode<{scalar}>({slot});", "", f"v_{name}"
+
+
+def _checks(plan: Plan) -> list[str]:
+    """Return C++ that binds the dimensions of the shape line and checks every input against it."""
+    binders = plan.binders
+    optional = {t.name for t in plan.inputs if t.optional}
+    unsure = {name for name, who in binders.items() if any(w in optional for w in who)}
+    stars = {d.text for t in plan.inputs for d in t.entry.dims if d.star}
+    lines = [f"const int64_t _d_{name} = v_{name};" for name in plan.int_names]
+    for name in sorted(unsure):
+        lines.append(f"{'Sizes' if name in stars else 'int64_t'} _d_{name}{{}}; bool _has_{name} = false;")
+    known = set(plan.int_names)
+    late = []
+    for tensors in plan.inputs:
+        view, dims, star = f"t_{tensors.name}", tensors.entry.dims, tensors.entry.star
+        misfit = f'misfit({view}, "{tensors.entry}");'
+        guard = f"if ({view}) " if tensors.optional else ""
+        count = len(dims) - (star is not None)
+        lines.append(f"{guard}if ({view}.dim() {'<' if star is not None else '!='} {count}) {misfit}")
+        for position, dim in enumerate(dims):
+            after = star is not None and position > star
+            place = f"{view}.size({position - len(dims) if after else position})"
+            if dim.star:
+                place = f"Sizes({view}, {position}, {position + 1 - len(dims)})"
+            variable = f"_d_{dim.text}"
+            if dim.is_any:
+                continue
+            if not (dim.star or dim.is_name):
+                names = [f"_has_{n}" for n in dim.names() if n in unsure]
+                tests = " && ".join(
+                    [*([view] if tensors.optional else []), *names, f"{place} != {_cpp(dim)}"]
+                )
+                late.append(f"if ({tests}) {misfit}")
+            elif dim.text in unsure:
+                bind = f"{{ {variable} = {place}; _has_{dim.text} = true; }}"
+                lines.append(
+                    f"{guard}{{ if (!_has_{dim.text}) {bind} else if (!({place} == {variable})) {misfit} }}"
+                )
+            elif dim.text in known:
+                lines.append(f"{guard}if (!({place} == {variable})) {misfit}")
+            else:
+                known.add(dim.text)
+                lines.append(f"const {'Sizes' if dim.star else 'int64_t'} {variable} = {place};")
+        if tensors.dtype is not None:
+            lines.append(f"{guard}if ({view}.dtype() != {_dtype(tensors.dtype, plan)}) {misfit}")
+    for tensors in plan.outputs:
+        for name in sorted({n for d in tensors.entry.dims for n in d.names()} & unsure):
+            late.append(f'if (!_has_{name}) fail("nothing binds the size {name} of output {tensors.name}");')
+    return [*lines, *late]
+
+
+def _outputs(plan: Plan) -> tuple[list[str], list[str]]:
+    """Return C++ that allocates the outputs, and that puts them on the stack."""
+    made, finish = [], []
+    for index, tensors in enumerate(plan.outputs):
+        made.append(f"Sizes s_{tensors.name};")
+        for dim in tensors.entry.dims:
+            made.append(f"s_{tensors.name}.push({'_d_' + dim.text if dim.star else _cpp(dim)});")
+        made.append(f"TensorArg h_{tensors.name};")
+        made.append(
+            f'allocate(h_{tensors.name}, "{tensors.name}", s_{tensors.name}, '
+            f"{_dtype(tensors.dtype, plan)}, {_first(plan, 'device()')});"
+        )
+        made.append(f"const Tensor t_{tensors.name} = h_{tensors.name}.open();")
+        finish.append(f"stack[{index}] = h_{tensors.name}.release();")
+    return made, finish
+
+
+def _cpp(dim: Dim) -> str:
+    """Return the size as C++ over the generated names `_d_<name>`."""
+
+    def write(node: ast.expr) -> str:
+        if isinstance(node, ast.BinOp):
+            left, right = write(node.left), write(node.right)
+            if isinstance(node.op, ast.FloorDiv):
+                return f"floor_div({left}, {right})"
+            if isinstance(node.op, ast.Mod):
+                return f"floor_mod({left}, {right})"
+            operator = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}[type(node.op)]
+            return f"({left} {operator} {right})"
+        if isinstance(node, ast.Name):
+            return f"_d_{node.id}"
+        assert isinstance(node, ast.Constant)
+        return f"int64_t({node.value!r})"
+
+    return write(ast.parse(dim.text, mode="eval").body)
+
+
+def _dtype(rule: DtypeRule | None, plan: Plan) -> str:
+    assert rule is not None
+    if rule.kind == "fixed":
+        name = str(rule.fixed).removeprefix("torch.")
+        return f"DType::{'boolean' if name == 'bool' else name}"
+    if rule.kind == "value":
+        return f"v_{rule.name}"
+    if rule.kind == "tensor":
+        param = next(p for p in plan.schema.params if p.name == rule.name)
+        own = f"t_{rule.name}.dtype()"
+        return f"(t_{rule.name} ? {own} : {_first(plan, 'dtype()')})" if param.type.optional else own
+    return _first(plan, "dtype()")
+
+
+def _first(plan: Plan, attribute: str) -> str:
+    """Return C++ for an attribute of the first Tensor argument that is not None."""
+    params = plan.device_params
+    if not params[0].type.is_tensor:
+        return f"v_{params[0].name}"
+    text = f"t_{params[-1].name}.{attribute}"
+    for param in reversed(params[:-1]):
+        own = f"t_{param.name}.{attribute}"
+        text = f"(t_{param.name} ? {own} : {text})" if param.type.optional else own
+    return text
