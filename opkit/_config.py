@@ -46,7 +46,7 @@ def _flag(variable: Variable, text: str) -> bool:
 def _folder(variable: Variable, text: str) -> Path:
     if text:
         return Path(text).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "opkit"
 
 
@@ -55,7 +55,7 @@ VARIABLES = {
     for variable in (
         Variable("OPKIT_BACKEND", "", "backends to prefer, first one first: cpp,reference", _names),
         Variable("OPKIT_AUTOLOAD", "all", "whether installed plugins are called on first need", _flag),
-        Variable("OPKIT_CACHE_DIR", "", "folder for compiled kernels (default ~/.cache/opkit)", _folder),
+        Variable("OPKIT_CACHE_DIR", "", "folder for compiled kernels (default: opkit in $TORCH_EXTENSIONS_DIR or ~/.cache)", _folder),
     )
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
@@ -74,7 +74,7 @@ class Op(Generic[P, R]):
         self._library = torch.library.Library(schema.namespace, "FRAGMENT")
         self.overload = self._define("")
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_dynamo_compiling():
             wanted = preference.traced()
             if wanted is not None:
@@ -288,7 +288,7 @@ class Op(Generic[P, R]):
         """The kernels on every device, those of plugins included, as `explain` records them."""
         return select.listing(self._table)
 
-    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
+    def explain(self, /, *args: P.args, **kwargs: P.kwargs) -> Explanation:
         """Say which kernel a call with these arguments would run, and why not the others.
 
         Compiles nothing. The result prints as a table; `.candidates` has the records, `.selected` the
@@ -367,7 +367,7 @@ class Op(Generic[P, R]):
     def _destroy(self) -> None:
         _torch.destroy(self._library)
 
-    def _run_meta(self, *args: Any, opkit_backend: str | None = None, **kwargs: Any) -> Any:
+    def _run_meta(self, /, *args: Any, opkit_backend: str | None = None, **kwargs: Any) -> Any:
         schema = self.schema
         values = schema.fill(args, kwargs)
         if self._meta is not None:
@@ -387,7 +387,7 @@ class Op(Generic[P, R]):
     def _meta_of_native(self, *values: Any) -> Any:
         """Return the outputs' metadata as tensors on the meta device."""
         args, kwargs = self.schema.split([_to_meta(v) for v in values])
-        return self.overload(*args, **kwargs)
+        return self._run_meta(*args, **kwargs)
 
     # ---------------------------------------------------------------- checking registrations
 
@@ -450,6 +450,18 @@ def op(
         )
     schemas.check_name(name)
     scope = dict(sys._getframe(1).f_locals)
+    return declaring(name, scope, shapes=shapes, mutates_args=mutates_args, tags=tags)
+
+
+def declaring(
+    name: str,
+    scope: Mapping[str, Any],
+    *,
+    shapes: str | None,
+    mutates_args: Sequence[str],
+    tags: Sequence[torch.Tag],
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Return the decorator that `op` is, for a caller whose local names are `scope`."""
 
     def decorate(function: Callable[P, R]) -> Op[P, R]:
         mutated = [mutates_args] if isinstance(mutates_args, str) else list(mutates_args)
@@ -474,6 +486,8 @@ def _restore(module: str, name: str) -> Op[..., Any]:
 def _to_meta(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, torch.device):
+        return torch.device("meta")
     if isinstance(value, (list, tuple)):
         return [_to_meta(v) for v in value]
     return value

@@ -58,9 +58,14 @@ def destroy(library: torch.library.Library) -> None:
     library._destroy()
 
 
+def in_forward_mode() -> bool:
+    """Whether a forward-mode level is open (torch/autograd/forward_ad.py)."""
+    return forward_ad._current_level >= 0
+
+
 def has_tangent(tensor: Tensor) -> bool:
     """Whether `tensor` carries a forward-mode tangent."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def dispatch_key(device: str) -> str:

@@ -1,1 +1,1 @@
-"""opkit::cross_entropy: declaration, reference and gradient in cross_entropy.py, kernels in cross_entropy.cpp and cross_entropy.cu."""
+"""opkit::cross_entropy: the declaration is in cross_entropy.py, the kernels beside it."""

@@ -29,6 +29,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> CrossEntropy:
 
     loss has the dtype of logits, as torch.nn.functional.cross_entropy(reduction="none") has; sums are kept in
     float32, or in float64 for float64. Any strides. A row of -inf alone has lse -inf and loss nan.
+    Where logits are beyond 1e15, lse has no digits left for the sum, so equal ones count as one.
 
     lse is float64 for every dtype: the gradient is exp(logits - lse), in which an lse rounded to a 16-bit dtype
     would be wrong by percents, and in which float32 would spoil float64. It is one number per row. It is

@@ -1,1 +1,1 @@
-"""opkit::rms_norm: declaration, reference and gradient in rms_norm.py, kernels in rms_norm.cpp and rms_norm.cu."""
+"""opkit::rms_norm: the declaration is in rms_norm.py, the kernels beside it."""

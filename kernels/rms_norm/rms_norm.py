@@ -78,7 +78,7 @@ def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, eps: float = 1e
     xhat = x_wide * rstd
     weighted = grad_wide * weight_wide
     grad_x = rstd * (weighted - xhat * (weighted * xhat).mean(-1, keepdim=True))
-    grad_weight = (grad_wide * xhat).reshape(-1, weight.numel()).sum(0)
+    grad_weight = (grad_wide * xhat).unsqueeze(0).flatten(0, -2).sum(0)
     return RMSNormGradients(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
 
 

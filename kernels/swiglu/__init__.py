@@ -1,1 +1,1 @@
-"""opkit::swiglu: declaration, reference and gradient in swiglu.py, kernels in swiglu.cpp and swiglu.cu."""
+"""opkit::swiglu: the declaration is in swiglu.py, the kernels beside it."""

@@ -1,1 +1,1 @@
-"""opkit::vector_add: declaration, reference and gradient in vector_add.py, kernels in vector_add.cpp and vector_add.cu."""
+"""opkit::vector_add: the declaration is in vector_add.py, the kernels beside it."""

@@ -64,14 +64,14 @@ def unit_source(kernel: str, symbol: str, schema: Schema, plan: Plan | None, *, 
         body.append(f"DeviceGuard device_guard({devices[0]});")
     finish: list[str] = []
     if plan is not None:
-        made, finish = _outputs(plan)
+        made, passed, finish = _outputs(plan)
         body += [*_checks(plan), *made]
-        arguments += [f"t_{t.name}" for t in plan.outputs]
+        arguments += passed
     else:
         count = len(schema.params)
         for index, result in enumerate(schema.results):
-            body.append(f'TensorArg h_{result.name}(stack[{count + index}], "{result.name}", false, true);')
-            arguments.append(f"h_{result.name}.open()")
+            body.append(f'TensorArg h_out{index}(stack[{count + index}], "{result.name}", false, true);')
+            arguments.append(f"h_out{index}.open()")
     body.append(f"::{symbol}({', '.join(arguments)});")
     body += finish
     lines = "\n".join(f"    {line}" for line in body)
@@ -161,24 +161,26 @@ def _checks(plan: Plan) -> list[str]:
     for tensors in plan.outputs:
         for name in sorted({n for d in tensors.entry.dims for n in d.names()} & unsure):
             late.append(f'if (!_has_{name}) fail("nothing binds the size {name} of output {tensors.name}");')
+    if plan.outputs and all(p.type.optional for p in plan.device_params):
+        given = " || ".join(f"t_{p.name}" for p in plan.device_params)
+        late.append(f'if (!({given})) fail("all tensors are None, so nothing says where its outputs live");')
     return [*lines, *late]
 
 
-def _outputs(plan: Plan) -> tuple[list[str], list[str]]:
-    """Return C++ that allocates the outputs, and that puts them on the stack."""
-    made, finish = [], []
+def _outputs(plan: Plan) -> tuple[list[str], list[str], list[str]]:
+    """Return C++ that allocates the outputs, that passes them on, and that puts them on the stack."""
+    made, passed, finish = [], [], []
     for index, tensors in enumerate(plan.outputs):
-        made.append(f"Sizes s_{tensors.name};")
+        out = f"out{index}"  # not by name: an output may be called like an input
+        made.append(f"Sizes s_{out};")
         for dim in tensors.entry.dims:
-            made.append(f"s_{tensors.name}.push({'_d_' + dim.text if dim.star else _cpp(dim)});")
-        made.append(f"TensorArg h_{tensors.name};")
-        made.append(
-            f'allocate(h_{tensors.name}, "{tensors.name}", s_{tensors.name}, '
-            f"{_dtype(tensors.dtype, plan)}, {_first(plan, 'device()')});"
-        )
-        made.append(f"const Tensor t_{tensors.name} = h_{tensors.name}.open();")
-        finish.append(f"stack[{index}] = h_{tensors.name}.release();")
-    return made, finish
+            made.append(f"s_{out}.push({'_d_' + dim.text if dim.star else _cpp(dim)});")
+        dtype, device = _dtype(tensors.dtype, plan), _first(plan, "device()")
+        made.append(f"TensorArg h_{out};")
+        made.append(f'allocate(h_{out}, "{tensors.name}", s_{out}, {dtype}, {device});')
+        passed.append(f"h_{out}.open()")
+        finish.append(f"stack[{index}] = h_{out}.release();")
+    return made, passed, finish
 
 
 def _cpp(dim: Dim) -> str:

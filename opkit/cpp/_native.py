@@ -75,7 +75,7 @@ def _lowered(schema: Schema, *, with_outputs: bool) -> str:
     """Return the private op's arguments and results: all positional, int for SymInt."""
     params = [f"{str(p.type).replace('SymInt', 'int')} {p.name}" for p in schema.params]
     if with_outputs:
-        params += [f"Tensor {r.name}" for r in schema.results]
+        params += [f"Tensor opkit_out{i}" for i in range(len(schema.results))]
         return f"({', '.join(params)}) -> ()"
     return f"({', '.join(params)}) -> ({', '.join(str(r.type) for r in schema.results)})"
 

@@ -159,8 +159,9 @@ def kernel(
 
 
 def _allocate_like(outputs: Any, values: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    """Return fresh tensors with the metadata of `outputs`, on the device of the first tensor."""
+    """Return fresh tensors with the metadata of `outputs`, on the device of the first tensor, or the device given."""
     flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
-    device = next((v.device for v in flat if isinstance(v, torch.Tensor)), None)
+    given = [v for v in flat if isinstance(v, torch.device)]
+    device = next((v.device for v in flat if isinstance(v, torch.Tensor)), given[0] if given else None)
     made = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     return tuple(torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=device) for o in made)

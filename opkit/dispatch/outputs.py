@@ -50,11 +50,18 @@ def conform(
         tensors = _refuse_alias(schema, backend, result.name, output, tensors)
         if metas is not None:
             shape, dtype = metas[index]
-            if output.shape != shape or output.dtype != dtype or output.device != device:
+            if output.shape != shape or output.dtype != dtype or not _same(output.device, device):
                 raise _meta_error(schema, backend, result.name, output, metas[index], device)
-            if not output.is_contiguous():
-                outputs[index] = output.contiguous()
+            if not output.is_contiguous() or output.is_conj() or output.is_neg():
+                outputs[index] = output.contiguous().resolve_conj().resolve_neg()
     return schema.raw(outputs)
+
+
+def _same(found: torch.device, declared: torch.device | None) -> bool:
+    """Whether two devices are one, where `cuda` stands for any index of it."""
+    if found == declared:
+        return True
+    return declared is not None and found.type == declared.type and None in (found.index, declared.index)
 
 
 def _input_tensors(values: Sequence[Any]) -> list[tuple[str, Tensor]]:

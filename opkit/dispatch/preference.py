@@ -33,7 +33,8 @@ class Preference:
     @staticmethod
     def decode(text: str) -> Preference:
         """Return what `encode` wrote."""
-        return Preference(tuple(text.removeprefix("!").split(",")), text.startswith("!"))
+        names = text.removeprefix("!").split(",")
+        return Preference(tuple(n for n in names if n), text.startswith("!"))
 
 
 # Until a context is first entered, in any thread, no call looks into thread-local storage.

@@ -22,7 +22,7 @@ class Runner:
         self.meta = meta
         self._built: dict[Kernel, Callable[..., Any]] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         values = self.schema.fill(args, kwargs)
         kernel = select.choose(self.table, values)
         if isinstance(kernel.function, Source):
@@ -39,7 +39,7 @@ class Runner:
         self.plan = None
         self._built.clear()
 
-    def preferring(self, encoded: str, *args: Any, **kwargs: Any) -> Any:
+    def preferring(self, encoded: str, /, *args: Any, **kwargs: Any) -> Any:
         """Run under the preference that a compiled function traced around the call."""
         wanted = preference.Preference.decode(encoded)
         with preference.use_backend(*wanted.names, strict=wanted.strict):

@@ -1,7 +1,8 @@
 """Who may still have ops and kernels to add when one is needed.
 
 A source is a function without arguments. It is called once, the first time that ops are looked up
-by name or a kernel is chosen, and registers what it has. Nothing here knows what a plugin is.
+by name or a kernel is chosen, and registers what it has; other threads wait until it has. One that
+raises is asked again at the next need. Nothing here knows what a plugin is.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Callable
 
 _ops: list[Callable[[], None]] = []
 _kernels: list[Callable[[], None]] = []
-_lock = threading.RLock()
+_running = 0  # sources being called now, on the one thread that holds the lock
+lock = threading.RLock()
 
 
 def install(source: Callable[[], None], *, ops_only: bool = False) -> None:
     """Call `source` when ops are next looked up, and unless `ops_only` when a kernel is next chosen."""
-    with _lock:
+    with lock:
         _ops.append(source)
         if not ops_only:
             _kernels.append(source)
@@ -24,21 +26,30 @@ def install(source: Callable[[], None], *, ops_only: bool = False) -> None:
 
 def consult_for_ops() -> None:
     """Let every source register its ops and kernels."""
-    if _ops or _kernels:
+    if _ops or _kernels or _running:
         _consult(_ops)
 
 
 def consult_for_kernels() -> None:
     """Let every source that may have kernels register them."""
-    if _kernels:
+    if _kernels or _running:
         _consult(_kernels)
 
 
 def _consult(waiting: list[Callable[[], None]]) -> None:
-    with _lock:  # re-entrant: a source may look up ops itself, and finds itself gone from the lists
+    global _running
+    with lock:  # re-entrant: a source may look up ops itself, and finds itself gone from the lists
         while waiting:
             source = waiting[0]
-            for sources in (_ops, _kernels):
-                if source in sources:
-                    sources.remove(source)
-            source()
+            lists = [sources for sources in (_ops, _kernels) if source in sources]
+            _running += 1  # before the lists are empty, so that another thread waits for the lock
+            for sources in lists:
+                sources.remove(source)
+            try:
+                source()
+            except BaseException:
+                for sources in lists:
+                    sources.insert(0, source)
+                raise
+            finally:
+                _running -= 1

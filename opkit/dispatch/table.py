@@ -22,9 +22,12 @@ REFERENCE = "reference"
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "meta")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
-    """One implementation of an op. `function` is Python, or native source that is built when needed."""
+    """One implementation of an op. `function` is Python, or native source that is built when needed.
+
+    Registering the same file again makes another kernel: the file may have changed.
+    """
 
     backend: str
     device: str

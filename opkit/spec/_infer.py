@@ -70,6 +70,9 @@ def source(plan: Plan) -> str:
     for tensors in plan.outputs:
         for name in {n for d in tensors.entry.dims for n in d.names()} & unsure:
             emit(f"    if _d_{name} is None: _explain({everything})")
+    params = plan.device_params
+    if plan.outputs and all(p.type.optional for p in params):
+        emit(f"    if {' and '.join(f'{p.name} is None' for p in params)}: _explain({everything})")
     outputs = []
     for tensors in plan.outputs:
         parts = [f"*_d_{d.text}" if d.star else python_expression(d) for d in tensors.entry.dims]
@@ -77,6 +80,9 @@ def source(plan: Plan) -> str:
         outputs.append(f"_Meta({shape}, {_python_dtype(tensors.dtype, plan)})")
     device = _first(plan, "device")
     emit(f"    return ({''.join(o + ', ' for o in outputs)}), {device}")
+    if any(sign in d.text for t in (*plan.inputs, *plan.outputs) for d in t.entry.dims for sign in "/%"):
+        lines[1:] = ["    try:", *(f"    {line}" for line in lines[1:]), "    except ZeroDivisionError:"]
+        emit(f"        _explain({everything})")
     return "\n".join(lines) + "\n"
 
 

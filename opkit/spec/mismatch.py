@@ -46,6 +46,15 @@ class Mismatch:
                     f"the size {name} of output {tensors.name} is bound only by arguments that are None",
                     "Pass one of them.",
                 )
+            for dim in tensors.entry.dims:
+                if not dim.star:
+                    self._value(dim)
+        params = self.plan.device_params
+        if self.plan.outputs and all(self.values[p.name] is None for p in params):
+            self._raise(
+                f"all of {', '.join(p.name for p in params)} are None, so nothing says where its outputs live",
+                "Pass one of them.",
+            )
 
     def _rank(self, tensors: Tensors) -> None:
         shape, dims = self.values[tensors.name].shape, tensors.entry.dims
@@ -83,15 +92,24 @@ class Mismatch:
     def _expression(self, tensors: Tensors, dim: Dim, axis: int, size: Any) -> None:
         if any(name not in self.sizes for name in dim.names()):
             return
-        names = {f"_d_{name}": self.sizes[name] for name in dim.names()}
-        want = eval(python_expression(dim), {"__builtins__": {}}, names)
+        want = self._value(dim)
         if want != size:
-            given = ", ".join(f"{n} = {self.sizes[n]} by {self.where[n]}" for n in dim.names())
+            given = self._given(dim)
             reason = f" ({dim}{': ' + given if given else ''})" if not dim.text.isdigit() else ""
             self._raise(
                 f"dimension {axis} of {tensors.name} is {size}, expected {want}{reason}",
                 "Pass a tensor of that size.",
             )
+
+    def _value(self, dim: Dim) -> Any:
+        names = {f"_d_{name}": self.sizes[name] for name in dim.names()}
+        try:
+            return eval(python_expression(dim), {"__builtins__": {}}, names)
+        except ZeroDivisionError:
+            self._raise(f"the size {dim} divides by zero ({self._given(dim)})", "Pass another size.")
+
+    def _given(self, dim: Dim) -> str:
+        return ", ".join(f"{n} = {self.sizes[n]} by {self.where[n]}" for n in dim.names())
 
     def _dtype(self, tensors: Tensors) -> None:
         if tensors.dtype is None:
@@ -102,9 +120,9 @@ class Mismatch:
         elif rule.kind == "value":
             want, reason = self.values[rule.name], f"the value of {rule.name}"
         else:
-            if self.values[rule.name] is None:
-                return
-            want, reason = self.values[rule.name].dtype, f"the dtype of {rule.name}"
+            names = [rule.name, *(p.name for p in self.plan.device_params)]
+            name = next(n for n in names if self.values[n] is not None)
+            want, reason = self.values[name].dtype, f"the dtype of {name}"
         found = self.values[tensors.name].dtype
         if found != want:
             raise DtypeError(

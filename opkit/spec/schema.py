@@ -348,7 +348,7 @@ def _results(
         return (), None
     if isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields"):
         try:
-            hints = inspect.get_annotations(annotation, eval_str=True, locals=dict(scope))
+            hints = typing.get_type_hints(annotation, localns=dict(scope))
         except NameError as err:
             raise refuse(f"a field of {annotation.__name__} uses {err.name!r}, not defined there") from None
         fields = annotation._fields
@@ -382,11 +382,17 @@ def _fits(default: Any, value_type: ValueType) -> bool:
         return value_type.optional
     if value_type.is_list:  # the parser knows list literals of integers only
         return (
-            value_type.base == "SymInt" and isinstance(default, list) and all(type(i) is int for i in default)
+            value_type.base == "SymInt"
+            and isinstance(default, list)
+            and all(type(i) is int and -(2**63) <= i < 2**63 for i in default)
         )
     if isinstance(default, bool):
         return value_type.base == "bool"
     if isinstance(default, float) and not math.isfinite(default):
+        return False
+    if isinstance(default, int) and not -(2**63) <= default < 2**63:
+        return False
+    if isinstance(default, str) and not default.isascii():
         return False
     return isinstance(default, _PYTHON[value_type.base])
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from opkit.errors import ShapeError
 
+_LARGEST = 2**63 - 1  # of torch's sizes, and of int64_t in the native glue
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 
 
@@ -86,6 +87,10 @@ def parse(text: str, *, op: str) -> ShapeLine:
         >>> str(line.outputs[1]), line.outputs[1].suffix
         ('*b 1:float32', 'float32')
     """
+    if not isinstance(text, str):
+        raise ShapeError(
+            f"reading the shape line of {op}: found {text!r}; expected text as in 'n -> n'.", op=op
+        )
     if text.count("->") != 1:
         raise error(text, 0, op, f"found {text.count('->')} arrows", "one '->' between inputs and outputs")
     left, right = text.split("->")
@@ -140,8 +145,13 @@ def _dim(text: str, word: str, column: int, op: str) -> Dim:
         return Dim(word, star=True, column=column)
     if word.startswith("*") and word[1:].isidentifier() and word.isascii():
         return Dim(word[1:], star=True, column=column)
-    if word == "_" or (word.isascii() and (word.isidentifier() or word.isdigit())):
-        return Dim(word if not word.isdigit() else str(int(word)), column=column)
+    if word.isascii() and word.isdigit():
+        digits = word.lstrip("0") or "0"
+        if len(digits) > 19 or int(digits) > _LARGEST:
+            raise error(text, column, op, "a number that no size can have", "one below 2**63")
+        return Dim(digits, column=column)
+    if word.isascii() and word.isidentifier():
+        return Dim(word, column=column)
     if word[0] in "[?":
         raise error(
             text, column, op, f"{word!r}", "a dimension; lists and data-dependent sizes need register_fake"
@@ -165,7 +175,7 @@ def _is_expression(word: str) -> bool:
             if not isinstance(node.op, _OPERATORS):
                 return False
         elif isinstance(node, ast.Constant):
-            if type(node.value) is not int:
+            if type(node.value) is not int or node.value > _LARGEST:
                 return False
         elif not isinstance(node, (ast.Name, ast.Load, ast.operator)):
             return False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opkit.errors import GradientError, RegistrationError
-from opkit.spec.plan import Plan
+from opkit.spec.plan import Plan, Tensors
 from opkit.spec.schema import REQUIRED, Param, Schema
 
 
@@ -79,7 +79,7 @@ class OpFormula:
         self.formula = formula
         self.non_differentiable = frozenset(non_differentiable)
         self.arguments = differentiable_arguments(schema, plan, self.non_differentiable)
-        self.outputs = tuple(i for i, r in enumerate(schema.results) if r.name not in self.non_differentiable)
+        self.outputs = differentiable_outputs(schema, plan, self.non_differentiable)
         args = {p.name: i for i, p in enumerate(schema.params)}
         outs = {r.name: i for i, r in enumerate(schema.results)}
         self.saves: list[tuple[str, int]] = []
@@ -118,7 +118,11 @@ class OpFormula:
         by_name = dict(
             zip((p.name for p in self.arguments), self.formula.schema.flatten(result), strict=True)
         )
-        return [by_name.get(p.name) for p in self.schema.params]
+        # An absent optional gets one too, which autograd would refuse.
+        return [
+            by_name.get(p.name) if wants_gradient(needed) else None
+            for p, needed in zip(self.schema.params, ctx.needs_input_grad, strict=True)
+        ]
 
 
 class ReferenceFormula:
@@ -129,6 +133,14 @@ class ReferenceFormula:
     def __init__(
         self, schema: Schema, reference: Callable[..., Any], non_differentiable: Sequence[str] = ()
     ) -> None:
+        mutated = [p.name for p in schema.params if p.mutated]
+        if mutated:
+            raise RegistrationError(
+                f"registering the gradient of {schema.name}: found from_reference for an op that mutates "
+                f"{', '.join(mutated)}; expected one that mutates nothing, since the reference would run, and "
+                "mutate, once more in backward. Register a function or an op.",
+                op=schema.name,
+            )
         self.schema = schema
         self.reference = reference
         self.non_differentiable = frozenset(non_differentiable)
@@ -208,11 +220,7 @@ def differentiable_arguments(
     schema: Schema, plan: Plan | None, non_differentiable: frozenset[str]
 ) -> tuple[Param, ...]:
     """Return the Tensor arguments that may have a gradient, by what is declared."""
-    integer = set()
-    for tensors in plan.inputs if plan is not None else ():
-        rule = tensors.dtype
-        if rule and rule.kind == "fixed" and not (rule.fixed.is_floating_point or rule.fixed.is_complex):
-            integer.add(tensors.name)
+    integer = _integer(plan.inputs if plan is not None else ())
     return tuple(
         p
         for p in schema.params
@@ -221,6 +229,25 @@ def differentiable_arguments(
         and p.name not in non_differentiable
         and p.name not in integer
     )
+
+
+def differentiable_outputs(
+    schema: Schema, plan: Plan | None, non_differentiable: frozenset[str]
+) -> tuple[int, ...]:
+    """Return the places of the results that may have a gradient, by what is declared."""
+    without = non_differentiable | _integer(plan.outputs if plan is not None else ())
+    return tuple(i for i, r in enumerate(schema.results) if r.name not in without)
+
+
+def _integer(tensors: Sequence[Tensors]) -> set[str]:
+    """Return the names of those whose declared dtype has no gradient."""
+    fixed = {t.name: t.dtype.fixed for t in tensors if t.dtype is not None and t.dtype.kind == "fixed"}
+    return {name for name, dtype in fixed.items() if not (dtype.is_floating_point or dtype.is_complex)}
+
+
+def wants_gradient(needed: Any) -> bool:
+    """Whether autograd wants a gradient of an argument: of one tensor, or of any in a list."""
+    return any(needed) if isinstance(needed, (list, tuple)) else bool(needed)
 
 
 def save_values(ctx: Any, values: Sequence[Any]) -> None:

@@ -83,11 +83,11 @@ def autograd_kernel(schema: Schema, overload: Any, formula: Callable[[], Formula
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
         extra = {name: value for name, value in kwargs.items() if name not in own}
         values = schema.fill(args, {k: v for k, v in kwargs.items() if k in own} if extra else kwargs)
         _refuse_tangents(schema, values)
-        if not (torch.is_grad_enabled() and _requires_grad(values)):
+        if not _requires_grad(values) or not torch.is_grad_enabled():
             return below(keyset, values, extra)
         _refuse_lost_gradients(schema, values, formula())
         if not schema.results:
@@ -119,7 +119,7 @@ def version_kernel(schema: Schema, overload: Any) -> Callable[..., Any]:
     mutated = [i for i, p in enumerate(schema.params) if p.mutated]
     own = {p.name for p in schema.keyword_only}
 
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
         values = schema.fill(args, {k: v for k, v in kwargs.items() if k in own})
         for index in mutated:
             torch.autograd.graph.increment_version(values[index])
@@ -158,13 +158,14 @@ def _refuse_lost_gradients(schema: Schema, values: Sequence[Any], formula: Formu
     for param, value in zip(schema.params, values, strict=True):
         if not _requires_grad((value,)):
             continue
-        if param.mutated or isinstance(formula, NoFormula):
+        if param.mutated or isinstance(formula, NoFormula) or not schema.results:
             lost = "is overwritten" if param.mutated else f"flows into {', '.join(mutated)}"
+            formula_helps = not param.mutated and schema.results
             raise GradientError(
                 f"calling {schema.name} with gradients: argument {param.name} requires grad and {lost}; the op "
                 f"mutates {', '.join(mutated)}, so autograd would silently give wrong gradients. Call it under "
                 "torch.no_grad(), or write the op without mutation"
-                + ("." if param.mutated else ", or register a formula with register_autograd."),
+                + (", or register a formula with register_autograd." if formula_helps else "."),
                 op=schema.name,
             )
 

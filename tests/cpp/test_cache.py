@@ -111,7 +111,7 @@ def test_an_unwritable_folder_names_the_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("OPKIT_CACHE_DIR", str(tmp_path / "file" / "cache"))
     _config.refresh()
     with pytest.raises(
-        BuildError, match=r"building f: the cache folder .*file/cache cannot be written.*OPKIT_CACHE_DIR"
+        BuildError, match=r"building f: the cache .*file/cache cannot be written.*OPKIT_CACHE_DIR"
     ):
         cache.obtain(lambda: "k", label="f", build=Builder())
 

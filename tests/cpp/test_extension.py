@@ -194,21 +194,20 @@ def test_a_library_of_ops_is_loaded_into_torch_and_its_path_returned():
     assert torch.ops.opkit_extension_test.twice(21) == 42
     assert load("ops", text, **options) == path
     with pytest.raises(
-        BuildError, match=r"TORCH_LIBRARY\(opkit_extension_test, \.\.\.\) block is already loaded.*Restart"
+        BuildError, match=r"TORCH_LIBRARY\(opkit_extension_test,.* is already loaded.*Restart"
     ):
         extension._open(*_other_content(text), False)
 
 
 def _other_content(text):
-    none = (None,) * 5
-    job = _aten.Job.of("ops", text + "//", *none, None, False, is_module=False)
+    job = _aten.Job.of("ops", text + "//", None, None, None, None, None, False, is_module=False)
     return job, Path("elsewhere.so")
 
 
 def test_a_module_without_its_entry_point_says_what_to_write(source):
     with pytest.raises(
         BuildError,
-        match=r"loading plain \[cpp\].*PYBIND11_MODULE\(TORCH_EXTENSION_NAME, m\).*is_python_module",
+        match=r"loading plain \[cpp\].*PYBIND11_MODULE\(TORCH_.*is_python_module",
     ):
         load("plain", "int f() {\n return 1; }\n")
 
@@ -228,7 +227,7 @@ def test_arguments_that_cannot_be(tmp_path):
         load("my-ops", "int x;\n")
     with pytest.raises(
         BuildError,
-        match="building f: source 'nowhere.cpp' is no file in .*a source text, which has a newline",
+        match="source 'nowhere.cpp' is no file in .*text, which has a newline",
     ):
         load("f", "nowhere.cpp")
     with pytest.raises(BuildError, match="building f: it has no sources"):

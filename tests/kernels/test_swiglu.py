@@ -1,0 +1,88 @@
+"""opkit::swiglu and its gradient: against float64, under autograd, compile and export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import opkit
+from opkit_kernels import swiglu, swiglu_backward
+from tests.kernels.kernel_cases import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    assert_compiles_once,
+    assert_exports,
+    assert_matches_float64,
+    assert_same_for_any_number_of_threads,
+    layout_name,
+    shape_name,
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize("shape", [*SHAPES, ()], ids=shape_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_and_its_backward_match_float64(backend, dtype, shape, layout):
+    layout = layout if shape else lambda x: x
+    gate, up, grad = (
+        layout(3 * torch.randn(shape).to(dtype)),
+        torch.randn(shape).to(dtype),
+        torch.randn(shape).to(dtype),
+    )
+    assert_matches_float64(swiglu, (gate, up), dtype)
+    assert_matches_float64(swiglu, (up, gate), dtype)
+    assert_matches_float64(swiglu_backward, (grad, gate, up), dtype)
+    assert_matches_float64(swiglu_backward, (gate, up, layout(grad)), dtype)
+
+
+def test_swiglu_of_the_halves_of_one_tensor(backend):
+    gate, up = torch.randn(50, 2, 3000).chunk(2, -1)
+    assert_matches_float64(swiglu, (gate, up), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_swiglu_of_extreme_gates(backend, dtype):
+    gates = torch.tensor(
+        [-1e30, -1e3, -100.0, -90.0, -0.0, 1e-30, 90.0, 1e30, float("inf"), float("nan")], dtype=dtype
+    )
+    ones = torch.ones_like(gates)
+    torch.testing.assert_close(swiglu(gates, ones), torch.nn.functional.silu(gates), equal_nan=True)
+    gates = gates[:-2]  # the gradient at inf is inf (1 - 1), no number
+    ones, leaf = ones[:-2], gates.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.nn.functional.silu(leaf).sum(), leaf)
+    torch.testing.assert_close(swiglu_backward(ones, gates, ones).gate, expected)
+
+
+def test_swiglu_is_deterministic(backend):
+    gate, up, grad = (torch.randn(300, 101) for _ in range(3))
+    assert_same_for_any_number_of_threads(lambda: swiglu(gate, up))
+    assert_same_for_any_number_of_threads(lambda: swiglu_backward(grad, gate, up))
+
+
+def test_swiglu_opcheck(backend):
+    gate, up = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(swiglu.overload, (gate, up))
+    torch.library.opcheck(swiglu_backward.overload, (torch.randn(5, 3).t(), gate, up))
+
+
+def test_swiglu_gradients_of_both_orders(backend):
+    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+    assert torch.autograd.gradgradcheck(swiglu, (gate, up))
+
+
+def test_swiglu_compiles_once_for_all_sizes():
+    cases = [(torch.randn(rows, n), torch.randn(rows, n)) for rows, n in ((3, 8), (4, 9), (7, 100))]
+    assert_compiles_once(lambda gate, up: swiglu(gate, up) * 2, cases)
+
+
+def test_swiglu_exports():
+    assert_exports(lambda gate, up: swiglu(gate, up), (torch.randn(3, 8), torch.randn(3, 8)), swiglu)
+
+
+def test_swiglu_refuses_other_shapes_and_dtypes(backend):
+    with pytest.raises(opkit.ShapeError, match="up"):
+        swiglu(torch.ones(3, 4), torch.ones(4))
+    with pytest.raises(opkit.DtypeError, match="up"):
+        swiglu(torch.ones(3), torch.ones(3).half())

@@ -1,0 +1,70 @@
+"""opkit::vector_add: against torch, under autograd, compile and export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import opkit
+from opkit_kernels import vector_add
+from tests.kernels.kernel_cases import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    assert_compiles_once,
+    assert_exports,
+    assert_same_for_any_number_of_threads,
+    layout_name,
+    shape_name,
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize("shape", [*SHAPES, ()], ids=shape_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vector_add_equals_torch(backend, dtype, shape, layout):
+    layout = layout if shape else lambda x: x
+    a, b = layout(torch.randn(shape).to(dtype)), torch.randn(shape).to(dtype)
+    for left, right in ((a, b), (b, a), (a, a)):
+        y = vector_add(left, right)
+        assert torch.equal(y, left + right)
+        assert y.is_contiguous()
+
+
+def test_vector_add_of_many_strided_elements(backend):
+    a = torch.randn(17, 300, 31).permute(2, 0, 1)
+    b = torch.randn(31, 300, 17).transpose(1, 2)
+    assert torch.equal(vector_add(a, b), a + b)
+
+
+def test_vector_add_is_deterministic(backend):
+    a, b = torch.randn(300_001), torch.randn(300_001)
+    assert_same_for_any_number_of_threads(lambda: vector_add(a, b))
+
+
+def test_vector_add_opcheck(backend):
+    a, b = torch.randn(3, 5, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    torch.library.opcheck(vector_add.overload, (a, b.t()))
+
+
+def test_vector_add_gradients(backend):
+    a, b = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(vector_add, (a, b))
+    assert torch.autograd.gradgradcheck(vector_add, (a, b))
+
+
+def test_vector_add_compiles_once_for_all_sizes():
+    assert_compiles_once(
+        lambda a, b: vector_add(a, b) * 2, [(torch.randn(n, 5), torch.randn(n, 5)) for n in (3, 4, 9)]
+    )
+
+
+def test_vector_add_exports():
+    assert_exports(lambda a, b: vector_add(a, b), (torch.randn(3), torch.randn(3)), vector_add)
+
+
+def test_vector_add_refuses_other_shapes_and_dtypes(backend):
+    with pytest.raises(opkit.ShapeError, match="vector_add"):
+        vector_add(torch.ones(3), torch.ones(4))
+    with pytest.raises(opkit.DtypeError, match="vector_add"):
+        vector_add(torch.ones(3), torch.ones(3).double())
