@@ -8,8 +8,8 @@ void ema(opkit::Tensor x, double decay, opkit::Tensor y) {
   OPKIT_CHECK(decay >= 0 && decay < 1, "decay is ", decay, ", expected 0 <= decay < 1");
 
   opkit::dispatch<float, double, opkit::Half, opkit::BFloat16>(x.dtype(), [&](auto zero) {
-    using T = decltype(zero);                                                // what is stored
-    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;  // what is computed with
+    using T = decltype(zero);  // the sums of a half are kept in float
+    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     const opkit::Elements<T> in(x);  // row-major order, whatever the strides of x
     T* out = y.data<T>();
     const int64_t steps = x.size(-1), rows = steps ? x.numel() / steps : 0;

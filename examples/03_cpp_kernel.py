@@ -41,6 +41,7 @@ def save(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
 ema.register_autograd(backward, setup_context=save)
 ema.register_kernel("cpu", opkit.cpp.kernel("03_cpp_kernel.cpp"))  # the path is relative to this file
 
+# z is declared nowhere: what does the error look like
 BROKEN = """\
 #include <opkit/kernel.h>
 void ema(opkit::Tensor x, double decay, opkit::Tensor y) { y = z; }

@@ -25,7 +25,8 @@ __global__ void normalize(opkit::Elements<T> x, T* y, float* norm, int64_t n, fl
   }
   const float length = sqrtf(sum_of_block(squares));
   const float scale = 1 / fmaxf(length, eps);
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) y[row * n + i] = T(float(x[row * n + i]) * scale);
+  for (int64_t i = threadIdx.x; i < n; i += kThreads)
+    y[row * n + i] = T(float(x[row * n + i]) * scale);
   if (threadIdx.x == 0) norm[row] = length;
 }
 
@@ -35,8 +36,8 @@ void l2_normalize(opkit::Tensor x, double eps, opkit::Tensor y, opkit::Tensor no
   if (rows == 0) return;  // CUDA refuses an empty grid
   opkit::dispatch<float, opkit::Half, opkit::BFloat16>(x.dtype(), [&](auto zero) {
     using T = decltype(zero);
-    normalize<T><<<rows, kThreads, 0, opkit::stream()>>>(opkit::Elements<T>(x), y.data<T>(), norm.data<float>(),
-                                                         x.size(-1), float(eps));
+    normalize<T><<<rows, kThreads, 0, opkit::stream()>>>(
+        opkit::Elements<T>(x), y.data<T>(), norm.data<float>(), x.size(-1), float(eps));
     OPKIT_CUDA_CHECK(cudaGetLastError());
   });
 }

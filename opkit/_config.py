@@ -55,7 +55,12 @@ VARIABLES = {
     for variable in (
         Variable("OPKIT_BACKEND", "", "backends to prefer, first one first: cpp,reference", _names),
         Variable("OPKIT_AUTOLOAD", "all", "whether installed plugins are called on first need", _flag),
-        Variable("OPKIT_CACHE_DIR", "", "folder for compiled kernels (default: opkit in $TORCH_EXTENSIONS_DIR or ~/.cache)", _folder),
+        Variable(
+            "OPKIT_CACHE_DIR",
+            "",
+            "folder for compiled kernels (default: opkit in $TORCH_EXTENSIONS_DIR or ~/.cache)",
+            _folder,
+        ),
     )
 }
 

@@ -339,7 +339,7 @@ class Op(Generic[P, R]):
     def _define(self, variant: str) -> Any:
         """Define an overload of the op in torch: the op itself, or the variant that carries a preference."""
         schema, name = self.schema, self.schema.opname + (f".{variant}" if variant else "")
-        extra = "str opkit_backend" if variant else ""
+        extra = f"str {gradient.EXTRA}" if variant else ""
         try:
             self._library.define(schema.declaration(name, extra), tags=self._tags)
         except RuntimeError as err:
@@ -352,13 +352,11 @@ class Op(Generic[P, R]):
         packet = getattr(getattr(torch.ops, schema.namespace), schema.opname)
         target = getattr(packet, variant or "default")
 
-        def run(*args: Any, opkit_backend: str, **kwargs: Any) -> Any:
-            return self._runner.preferring(opkit_backend, *args, **kwargs)
-
+        run = self._runner.preferring if variant else self._runner
         _torch.register_meta(self._library, name, self._run_meta, describe(self.reference))
         implement = self._library.impl
-        implement(name, run if variant else self._runner, "CompositeExplicitAutograd")
-        kernel = gradient.autograd_kernel(schema, target, lambda: self._formula)
+        implement(name, run, "CompositeExplicitAutograd")
+        kernel = gradient.autograd_kernel(schema, target, run, lambda: self._formula, variant=bool(variant))
         implement(name, kernel, "Autograd", with_keyset=True)
         if any(p.mutated for p in schema.params):
             implement(name, gradient.version_kernel(schema, target), "ADInplaceOrView", with_keyset=True)
@@ -493,7 +491,7 @@ def _to_meta(value: Any) -> Any:
     return value
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_torch.constant_while_tracing
 def _ensure_variant(made: Op[..., Any]) -> bool:
     """Define the overload that takes its preferred backends as an argument; Dynamo runs this as it traces."""
     if made._variant is None:

@@ -68,6 +68,26 @@ def has_tangent(tensor: Tensor) -> bool:
     return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def constant_while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Dynamo run `function` as it traces, and take its result for a constant.
+
+    `torch.compiler.assume_constant_result` does just this (torch/_dynamo/decorators.py), but imports
+    Dynamo first, a second that programs without torch.compile need not spend.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def plain_devices(overload: Any) -> tuple[Any, ...]:
+    """Return the device keys on which nobody but opkit has a kernel for `overload`.
+
+    Where one of them is the highest key of a call, the call can go straight to opkit's own kernel.
+    """
+    keys = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(key for key in keys if not has(overload.name(), key))
+
+
 def dispatch_key(device: str) -> str:
     """Return the name of the dispatch key of a device type (torch/library.py uses the same)."""
     return str(torch._C._dispatch_key_for_device(device))

@@ -5,13 +5,14 @@
 using namespace opkit_kernels;
 
 static int64_t checked(int64_t target, int64_t row, int64_t n) {
-  OPKIT_CHECK(target >= 0 && target < n, "target ", target, " of row ", row, " is out of range; expected 0 <= target < ",
-              n, ", the number of logits in a row");
+  OPKIT_CHECK(target >= 0 && target < n, "target ", target, " of row ", row,
+              " is out of range; expected 0 <= target < ", n, ", the number of logits in a row");
   return target;
 }
 
 // lse = log sum exp(logits) and loss = lse - logits[target], row by row.
-void cross_entropy(opkit::Tensor logits, opkit::Tensor target, opkit::Tensor loss, opkit::Tensor lse) {
+void cross_entropy(opkit::Tensor logits, opkit::Tensor target, opkit::Tensor loss,
+                   opkit::Tensor lse) {
   dispatch_floating(logits, [&](auto zero) {
     using T = decltype(zero);
     using A = Wide<T>;
@@ -57,7 +58,8 @@ void cross_entropy_backward(opkit::Tensor grad_loss, opkit::Tensor grad_lse, opk
         const T* row = xs.read(r * n, n, gathered.data());
         T* grad = out + r * n;
         const A at_target = A(grad_losses[r]), all = A(double(at_target) + grad_lses[r]);
-        const A high = A(lses[r]), low = isfinite(high) ? A(lses[r] - double(high)) : 0;  // float alone is too coarse
+        const A high = A(lses[r]),
+                low = isfinite(high) ? A(lses[r] - double(high)) : 0;  // float alone is too coarse
         for (int64_t i = 0; i < n; ++i) grad[i] = T(all * fast_exp(A(row[i]) - high - low));
         grad[t] = T(all * fast_exp(A(row[t]) - high - low) - at_target);
       }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import opkit
+from opkit_kernels._flags import CFLAGS
 
 
 class CrossEntropy(NamedTuple):
@@ -27,8 +28,8 @@ class CrossEntropy(NamedTuple):
 def cross_entropy(logits: Tensor, target: Tensor) -> CrossEntropy:
     """Return the cross entropy of each row of logits with its target class, and its log-sum-exp.
 
-    loss has the dtype of logits, as torch.nn.functional.cross_entropy(reduction="none") has; sums are kept in
-    float32, or in float64 for float64. Any strides. A row of -inf alone has lse -inf and loss nan.
+    loss has the dtype of logits, as torch.nn.functional.cross_entropy(reduction="none") has; native kernels keep
+    sums in float32, or in float64 for float64. Any strides. A row of -inf alone has lse -inf and loss nan.
     Where logits are beyond 1e15, lse has no digits left for the sum, so equal ones count as one.
 
     lse is float64 for every dtype: the gradient is exp(logits - lse), in which an lse rounded to a 16-bit dtype
@@ -47,8 +48,8 @@ def cross_entropy(logits: Tensor, target: Tensor) -> CrossEntropy:
         >>> opkit_kernels.cross_entropy(torch.tensor([[0.0, 0.0], [0.0, 100.0]]), torch.tensor([0, 1])).loss
         tensor([0.6931, 0.0000])
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    lse = torch.logsumexp(wide, -1).to(torch.float64)
+    wide = logits.to(torch.float64)
+    lse = torch.logsumexp(wide, -1)
     at_target = wide.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return CrossEntropy((lse - at_target).to(logits.dtype), lse)
 
@@ -93,7 +94,7 @@ for _op in (cross_entropy, cross_entropy_backward):
         opkit.cpp.kernel(
             "cross_entropy.cpp",
             symbol=_symbol,
-            extra_cflags=("-march=native", "-ffp-contract=fast"),
+            extra_cflags=CFLAGS,
             extra_include_paths=("../include",),
         ),
         backend="cpp",

@@ -4,7 +4,8 @@
 
 using namespace opkit_kernels;
 
-void rms_norm(opkit::Tensor x, opkit::Tensor weight, double eps, opkit::Tensor y, opkit::Tensor rstd) {
+void rms_norm(opkit::Tensor x, opkit::Tensor weight, double eps, opkit::Tensor y,
+              opkit::Tensor rstd) {
   dispatch_floating(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Wide<T>;
@@ -61,7 +62,8 @@ void rms_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, opkit::Tensor weig
 
     // Blocks of rows add into sums of their own, and these are added in order. The number of rows alone decides
     // the blocks, so the result does not depend on the number of threads.
-    const int64_t block = rows > 64 * 16 ? (rows + 63) / 64 : 16, blocks = (rows + block - 1) / block;
+    const int64_t block = rows > 64 * 16 ? (rows + 63) / 64 : 16,
+                  blocks = (rows + block - 1) / block;
     const Buffer<A> partial(blocks * n);
     opkit::parallel_for(0, blocks, 1 + row_grain(n) / block, [&](int64_t begin, int64_t end) {
       const Buffer<T> x_row(xs.is_contiguous() ? 0 : n), grad_row(grads.is_contiguous() ? 0 : n);

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import opkit
+from opkit_kernels._flags import CFLAGS
 
 
 class RMSNorm(NamedTuple):
@@ -93,7 +94,7 @@ for _op in (rms_norm, rms_norm_backward):
         opkit.cpp.kernel(
             "rms_norm.cpp",
             symbol=_symbol,
-            extra_cflags=("-march=native", "-ffp-contract=fast"),
+            extra_cflags=CFLAGS,
             extra_include_paths=("../include",),
         ),
         backend="cpp",

@@ -3,7 +3,8 @@
 
 using namespace opkit_kernels;
 
-constexpr int64_t kBlock = 1024;  // elements at a time, so that gathered ones fit on the stack and in the L1 cache
+constexpr int64_t kBlock =
+    1024;  // elements at a time, so that gathered ones fit on the stack and in the L1 cache
 
 // y = gate sigmoid(gate) up
 void swiglu(opkit::Tensor gate, opkit::Tensor up, opkit::Tensor y) {
@@ -19,15 +20,16 @@ void swiglu(opkit::Tensor gate, opkit::Tensor up, opkit::Tensor y) {
         const T* g = gates.read(i, count, gate_buffer);
         const T* u = ups.read(i, count, up_buffer);
         T* out = ys + i;
-        for (int64_t k = 0; k < count; ++k) out[k] = T(A(g[k]) / (1 + fast_exp(-A(g[k]))) * A(u[k]));
+        for (int64_t k = 0; k < count; ++k)
+          out[k] = T(A(g[k]) / (1 + fast_exp(-A(g[k]))) * A(u[k]));
       }
     });
   });
 }
 
 // grad_gate = grad up s (1 + gate (1 - s)) and grad_up = grad gate s, with s = sigmoid(gate)
-void swiglu_backward(opkit::Tensor grad_y, opkit::Tensor gate, opkit::Tensor up, opkit::Tensor grad_gate,
-                     opkit::Tensor grad_up) {
+void swiglu_backward(opkit::Tensor grad_y, opkit::Tensor gate, opkit::Tensor up,
+                     opkit::Tensor grad_gate, opkit::Tensor grad_up) {
   dispatch_floating(gate, [&](auto zero) {
     using T = decltype(zero);
     using A = Wide<T>;

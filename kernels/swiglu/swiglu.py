@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import opkit
+from opkit_kernels._flags import CFLAGS
 
 
 class SwiGLUGradients(NamedTuple):
@@ -78,7 +79,7 @@ for _op in (swiglu, swiglu_backward):
         opkit.cpp.kernel(
             "swiglu.cpp",
             symbol=_symbol,
-            extra_cflags=("-march=native", "-ffp-contract=fast"),
+            extra_cflags=CFLAGS,
             extra_include_paths=("../include",),
         ),
         backend="cpp",

@@ -2,7 +2,7 @@
 
 // y = a + b. The tensors may have any strides; y is contiguous.
 void vector_add(opkit::Tensor a, opkit::Tensor b, opkit::Tensor y) {
-  opkit::dispatch<float, double, opkit::Half, opkit::BFloat16>(y.dtype(), [&](auto zero) {
+  opkit::dispatch<float, double, opkit::BFloat16>(y.dtype(), [&](auto zero) {
     using T = decltype(zero);
     const opkit::Elements<T> left(a), right(b);
     T* out = y.data<T>();

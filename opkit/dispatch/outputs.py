@@ -32,22 +32,30 @@ def conform(
         OutputError: a count, type, shape, dtype or device differs from the declaration, or an
             output shares storage with an input or another output.
     """
+    if metas is not None and len(metas) == 1 and isinstance(returned, Tensor):
+        shape, dtype = metas[0]  # one tensor that fits: the case to be quick in
+        fits = returned.shape == shape and returned.dtype == dtype and returned.device == device
+        if fits and returned.is_contiguous() and not (returned.is_conj() or returned.is_neg()):
+            _refuse_alias(schema, backend, 0, returned, values, ())
+            return returned
     outputs = list(schema.flatten(returned))
     if len(outputs) != len(schema.results) or (not schema.results and returned is not None):
         found = "a value" if not schema.results else f"{len(outputs)} values"
         raise _error(schema, backend, f"returned {found}", f"{len(schema.results) or 'none'}", "Return")
-    tensors = _input_tensors(values)
+    before: list[Tensor] = []
     for index, (result, output) in enumerate(zip(schema.results, outputs, strict=True)):
         if result.type.is_list:
             if not isinstance(output, (list, tuple)) or not all(isinstance(o, Tensor) for o in output):
                 raise _type_error(schema, backend, result.name, output, "a list of tensors")
             for one in output:
-                tensors = _refuse_alias(schema, backend, result.name, one, tensors)
+                _refuse_alias(schema, backend, index, one, values, before)
+                before.append(one)
             outputs[index] = list(output)
             continue
         if not isinstance(output, Tensor):
             raise _type_error(schema, backend, result.name, output, "a Tensor")
-        tensors = _refuse_alias(schema, backend, result.name, output, tensors)
+        _refuse_alias(schema, backend, index, output, values, before)
+        before.append(output)
         if metas is not None:
             shape, dtype = metas[index]
             if output.shape != shape or output.dtype != dtype or not _same(output.device, device):
@@ -64,28 +72,29 @@ def _same(found: torch.device, declared: torch.device | None) -> bool:
     return declared is not None and found.type == declared.type and None in (found.index, declared.index)
 
 
-def _input_tensors(values: Sequence[Any]) -> list[tuple[str, Tensor]]:
-    found = []
-    for index, value in enumerate(values):
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(one, Tensor):
-                found.append((str(index), one))
-    return found
-
-
 def _refuse_alias(
-    schema: Schema, backend: str, name: str, output: Tensor, others: list[tuple[str, Tensor]]
-) -> list[tuple[str, Tensor]]:
-    for other, tensor in others:
-        if _torch.is_alias_of(output, tensor):
-            what = f"argument {schema.params[int(other)].name}" if other.isdigit() else f"output {other}"
-            raise OutputError(
-                f"calling {schema.name}: the {backend} kernel returned as {name} a tensor that shares storage with "
-                f"{what}; expected fresh storage, since compiled code may overwrite either. Return a copy: "
-                ".clone().",
-                op=schema.name,
-            )
-    return [*others, (name, output)]
+    schema: Schema, backend: str, index: int, output: Tensor, values: Sequence[Any], before: Sequence[Tensor]
+) -> None:
+    for position, value in enumerate(values):
+        if isinstance(value, Tensor):
+            if _torch.is_alias_of(output, value):
+                raise _alias_error(schema, backend, index, f"argument {schema.params[position].name}")
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                if isinstance(one, Tensor) and _torch.is_alias_of(output, one):
+                    raise _alias_error(schema, backend, index, f"argument {schema.params[position].name}")
+    for other in before:
+        if _torch.is_alias_of(output, other):
+            raise _alias_error(schema, backend, index, "another output")
+
+
+def _alias_error(schema: Schema, backend: str, index: int, what: str) -> OutputError:
+    return OutputError(
+        f"calling {schema.name}: the {backend} kernel returned as {schema.results[index].name} a tensor that "
+        f"shares storage with {what}; expected fresh storage, since compiled code may overwrite either. "
+        "Return a copy: .clone().",
+        op=schema.name,
+    )
 
 
 def _type_error(schema: Schema, backend: str, name: str, found: Any, expected: str) -> OutputError:

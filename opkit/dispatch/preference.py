@@ -6,8 +6,8 @@ In a compiled function it belongs to the calls that were traced inside the `with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +19,7 @@ BUILT_IN = ("reference", "python", "cpp", "cuda")
 _known: set[str] = set(BUILT_IN)
 
 
-@dataclass(frozen=True)
-class Preference:
+class Preference(NamedTuple):
     """Backends in order of preference; `strict` excludes all others."""
 
     names: tuple[str, ...] = ()

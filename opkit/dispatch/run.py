@@ -20,18 +20,22 @@ class Runner:
         self.schema = table.schema
         self.plan = plan
         self.meta = meta
+        self._count = len(table.schema.params)
         self._built: dict[Kernel, Callable[..., Any]] = {}
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        values = self.schema.fill(args, kwargs)
+        values = args if len(args) == self._count and not kwargs else self.schema.fill(args, kwargs)
         kernel = select.choose(self.table, values)
         if isinstance(kernel.function, Source):
             return self._native(kernel, values)
         metas = device = None
         if self.plan is not None:
             metas, device = self.plan.infer(*values)
-        args, kwargs = self.schema.split(values)
-        returned = kernel.function(*args, **kwargs)
+        if self.schema.keyword_only:
+            args, kwargs = self.schema.split(values)
+            returned = kernel.function(*args, **kwargs)
+        else:
+            returned = kernel.function(*values)
         return outputs.conform(self.schema, kernel.backend, values, returned, metas, device)
 
     def without_plan(self) -> None:
@@ -39,9 +43,9 @@ class Runner:
         self.plan = None
         self._built.clear()
 
-    def preferring(self, encoded: str, /, *args: Any, **kwargs: Any) -> Any:
+    def preferring(self, /, *args: Any, opkit_backend: str, **kwargs: Any) -> Any:
         """Run under the preference that a compiled function traced around the call."""
-        wanted = preference.Preference.decode(encoded)
+        wanted = preference.Preference.decode(opkit_backend)
         with preference.use_backend(*wanted.names, strict=wanted.strict):
             return self(*args, **kwargs)
 

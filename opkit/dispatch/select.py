@@ -85,12 +85,16 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
         NoKernelError: a strict preference excludes every kernel that could take the call.
     """
     sources.consult_for_kernels()
-    device = device_of(table.schema, values)
     wanted = preference.current()
-    key = (device, _first_dtype(values), wanted)
+    first = values[0] if values else None
+    if isinstance(first, torch.Tensor):  # nearly always; the rest is the general case
+        key: Any = (first.device.type, first.dtype, wanted)
+    else:
+        key = (device_of(table.schema, values), _first_dtype(values), wanted)
     decided = table.decided.get(key)
     if decided is not None:
         return decided
+    device = key[0]
     rejected: list[tuple[Kernel, str]] = []
     lasting = True  # until a kernel is asked whose answer depends on more than the key
     for kernel in ranked(table, device, wanted):

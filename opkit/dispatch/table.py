@@ -131,6 +131,7 @@ def make_kernel(
             "opkit.cpp.kernel(...). Pass one of these.",
             op=op,
         )
+    dtypes = None if dtypes is None else tuple(dtypes)  # it may be an iterator
     wrong = [d for d in dtypes or () if not isinstance(d, torch.dtype)]
     if wrong:
         raise RegistrationError(
@@ -139,6 +140,4 @@ def make_kernel(
             op=op,
         )
     where = source or (str(function) if isinstance(function, Source) else describe(function))
-    return Kernel(
-        backend, device, function, tuple(dtypes) if dtypes is not None else None, when, priority, where
-    )
+    return Kernel(backend, device, function, dtypes, when, priority, where)

@@ -94,8 +94,8 @@ def _call(state: State) -> None:
     try:
         function = found.entry_point.load()
         if not callable(function):
-            described = f"{found.value} is {type(function).__name__} {function!r}"
-            state.fail(f"{described}, expected a function that takes the registry", _blame(found))
+            kind = type(function).__name__
+            state.fail(f"{found.value} is of type {kind}; expected a function of one argument", _blame(found))
             return
         doing = f"calling {found.value}"
         function(registry)

@@ -198,6 +198,12 @@ def from_function(
             "at module level or in the function that declares the op.",
             op=name,
         ) from None
+    except (SyntaxError, AttributeError, TypeError) as err:
+        raise SchemaError(
+            f"{where}: an annotation cannot be read, {type(err).__name__}: {err}; expected {_ACCEPTED}. "
+            "Correct the annotation.",
+            op=name,
+        ) from err
     params = tuple(_param(p, hints, mutates, where, name) for p in signature.parameters.values())
     names = [p.name for p in params]
     for mutated in mutates:

@@ -6,7 +6,7 @@ It never goes through `torch.library.register_autograd`, which refuses keyword-o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,38 +20,47 @@ from opkit.transforms.formula import Formula, NoFormula
 _FIXED = 2  # leading arguments of Function.apply that are not the op's
 
 
-def autograd_kernel(schema: Schema, overload: Any, formula: Callable[[], Formula]) -> Callable[..., Any]:
+def autograd_kernel(
+    schema: Schema, overload: Any, run: Callable[..., Any], formula: Callable[[], Formula], *, variant: bool
+) -> Callable[..., Any]:
     """Return the kernel for the Autograd key of `overload`, which asks `formula` at every call.
 
-    The overload takes the arguments of `schema`, and possibly further keyword arguments, which are
-    passed on as they are.
+    Args:
+        schema: of the op.
+        overload: what is differentiated.
+        run: what `overload` does on real tensors, called without another trip through the dispatcher where
+            nothing stands between autograd and the device.
+        formula: gives the formula now registered.
+        variant: whether the overload has one more keyword argument, which is passed on as it is.
     """
-    own = {p.name for p in schema.keyword_only}
+    types = [p.type for p in schema.params] + [r.type for r in schema.results]
+    nested = any(t.base == "Tensor" and t.is_list for t in types)
+    mutates = any(p.mutated for p in schema.params)
+    # A mutating op has a kernel of its own on ADInplaceOrView, for the others the key means nothing.
+    mask = _torch.after_autograd if mutates else _torch.after_inplace_or_view
+    straight = () if mutates else _torch.plain_devices(overload)
+    flat_call = _Call([None] * len(schema.params), [None] * len(schema.results))
 
-    def below(keyset: Any, values: Sequence[Any], extra: dict[str, Any]) -> Any:
-        args, kwargs = schema.split(values)
+    def below(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        rest = keyset & mask
         with _torch.below_autograd():
-            return overload.redispatch(keyset & _torch.after_autograd, *args, **kwargs, **extra)
+            if rest.highestPriorityTypeId() in straight:
+                return run(*args, **kwargs)
+            return overload.redispatch(rest, *args, **kwargs)
 
     def forward(ctx: Any, keyset: Any, call: _Call, *flat: Any) -> Any:
-        values = _unflatten(flat, call.lengths)
-        outputs = schema.flatten(below(keyset, values, call.extra))
-        ctx.opkit_call = call
-        call.outputs = [len(o) if isinstance(o, (list, tuple)) else None for o in outputs]
+        values = _unflatten(flat, call.lengths) if nested else flat
+        args, kwargs = schema.split(values)
+        outputs = schema.flatten(below(keyset, args, {**kwargs, **call.extra}))
         rule = formula()
         rule.save(ctx, tuple(values), outputs)
-        constant: list[Tensor] = []
-        for result, output in zip(schema.results, outputs, strict=True):
-            for tensor in output if isinstance(output, (list, tuple)) else (output,):
-                if isinstance(tensor, Tensor) and (
-                    result.name in rule.non_differentiable
-                    or not (tensor.is_floating_point() or tensor.is_complex())
-                ):
-                    constant.append(tensor)
+        ctx.opkit_call, ctx.opkit_formula = call, rule
+        if nested:
+            call.outputs = [len(o) if isinstance(o, (list, tuple)) else None for o in outputs]
+        constant = [t for t in _without_gradient(schema, outputs, rule) if isinstance(t, Tensor)]
         if constant:
             ctx.mark_non_differentiable(*constant)
-        ctx.opkit_formula = rule
-        return tuple(_flatten(outputs))
+        return tuple(_flatten(outputs, call.outputs)) if nested else outputs
 
     def backward(ctx: Any, *flat: Any) -> Any:
         call: _Call = ctx.opkit_call
@@ -61,21 +70,7 @@ def autograd_kernel(schema: Schema, overload: Any, formula: Callable[[], Formula
             found = ctx.opkit_formula.gradients(ctx, tuple(_unflatten(flat, call.outputs)))
         finally:
             ctx.needs_input_grad = needs
-        grads: list[Any] = []
-        for param, grad, length in zip(schema.params, found, call.lengths, strict=True):
-            if length is None:
-                grads.append(grad)
-            elif grad is None:
-                grads += [None] * length
-            elif len(grad) != length:
-                raise GradientError(
-                    f"differentiating {schema.name}: the formula returned {len(grad)} gradients for the list "
-                    f"{param.name}; expected {length}, one per tensor. Return a list of that length, or None.",
-                    op=schema.name,
-                )
-            else:
-                grads += grad
-        return (None,) * _FIXED + tuple(grads)
+        return (None,) * _FIXED + tuple(_laid_flat(schema, found, call.lengths) if nested else found)
 
     function: Any = type(
         schema.opname,  # torch adds Backward
@@ -84,23 +79,27 @@ def autograd_kernel(schema: Schema, overload: Any, formula: Callable[[], Formula
     )
 
     def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        extra = {name: value for name, value in kwargs.items() if name not in own}
-        values = schema.fill(args, {k: v for k, v in kwargs.items() if k in own} if extra else kwargs)
-        _refuse_tangents(schema, values)
-        if not _requires_grad(values) or not torch.is_grad_enabled():
-            return below(keyset, values, extra)
-        _refuse_lost_gradients(schema, values, formula())
+        if _torch.in_forward_mode():
+            _refuse_tangents(schema, [*args, *kwargs.values()])
+        if not (torch.is_grad_enabled() and _torch.any_requires_grad(*args, **kwargs)):
+            return below(keyset, args, kwargs)
+        extra = {EXTRA: kwargs.pop(EXTRA)} if variant else {}
+        values = schema.fill(args, kwargs)
+        if mutates:
+            _refuse_lost_gradients(schema, values, formula())
         if not schema.results:
-            return below(keyset, values, extra)
-        lengths = [
-            len(v) if p.type.base == "Tensor" and p.type.is_list and v is not None else None
-            for p, v in zip(schema.params, values, strict=True)
-        ]
-        call = _Call(lengths, extra)
-        outputs = function.apply(keyset, call, *_flatten(values, lengths))
-        return schema.raw(_unflatten(outputs, call.outputs))
+            args, kwargs = schema.split(values)
+            return below(keyset, args, {**kwargs, **extra})
+        call = flat_call
+        if nested or extra:
+            call = _Call(_lengths(schema, values), [None] * len(schema.results), extra)
+        outputs = function.apply(keyset, call, *(_flatten(values, call.lengths) if nested else values))
+        return schema.raw(_unflatten(outputs, call.outputs) if nested else outputs)
 
     return kernel
+
+
+EXTRA = "opkit_backend"  # the keyword argument that a variant has beside the op's own
 
 
 class _Call:
@@ -108,19 +107,53 @@ class _Call:
 
     __slots__ = ("extra", "lengths", "outputs")
 
-    def __init__(self, lengths: list[int | None], extra: dict[str, Any]) -> None:
+    def __init__(
+        self, lengths: list[int | None], outputs: list[int | None], extra: dict[str, Any] | None = None
+    ) -> None:
         self.lengths = lengths
-        self.extra = extra
-        self.outputs: list[int | None] = []
+        self.outputs = outputs
+        self.extra = extra or {}
+
+
+def _lengths(schema: Schema, values: Sequence[Any]) -> list[int | None]:
+    return [
+        len(v) if p.type.base == "Tensor" and p.type.is_list and v is not None else None
+        for p, v in zip(schema.params, values, strict=True)
+    ]
+
+
+def _without_gradient(schema: Schema, outputs: Sequence[Any], rule: Formula) -> Iterator[Any]:
+    for result, output in zip(schema.results, outputs, strict=True):
+        for one in output if isinstance(output, (list, tuple)) else (output,):
+            if result.name in rule.non_differentiable or not (one.is_floating_point() or one.is_complex()):
+                yield one
+
+
+def _laid_flat(schema: Schema, found: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+    """Return the gradients of nested arguments one after the other, as autograd wants them."""
+    grads: list[Any] = []
+    for param, grad, length in zip(schema.params, found, lengths, strict=True):
+        if length is None:
+            grads.append(grad)
+        elif grad is None:
+            grads += [None] * length
+        elif len(grad) != length:
+            raise GradientError(
+                f"differentiating {schema.name}: the formula returned {len(grad)} gradients for the list "
+                f"{param.name}; expected {length}, one per tensor. Return a list of that length, or None.",
+                op=schema.name,
+            )
+        else:
+            grads += grad
+    return grads
 
 
 def version_kernel(schema: Schema, overload: Any) -> Callable[..., Any]:
     """Return the ADInplaceOrView kernel of a mutating op: autograd must see that its inputs changed."""
     mutated = [i for i, p in enumerate(schema.params) if p.mutated]
-    own = {p.name for p in schema.keyword_only}
 
     def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        values = schema.fill(args, {k: v for k, v in kwargs.items() if k in own})
+        values = schema.fill(args, {k: v for k, v in kwargs.items() if k != EXTRA})
         for index in mutated:
             torch.autograd.graph.increment_version(values[index])
         return overload.redispatch(keyset & _torch.after_inplace_or_view, *args, **kwargs)
@@ -128,24 +161,14 @@ def version_kernel(schema: Schema, overload: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _requires_grad(values: Sequence[Any]) -> bool:
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.requires_grad:
-                return True
-        elif isinstance(value, (list, tuple)) and _requires_grad(value):
-            return True
-    return False
-
-
 def _refuse_tangents(schema: Schema, values: Sequence[Any]) -> None:
-    for param, value in zip(schema.params, values, strict=True):
+    for value in values:
         for one in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(one, Tensor) and _torch.has_tangent(one):
                 raise GradientError(
-                    f"differentiating {schema.name} in forward mode: argument {param.name} has a tangent, and the "
-                    "op has no forward-mode formula; torch would go on with zeros. Use reverse mode, or write "
-                    "the computation with torch operations.",
+                    f"differentiating {schema.name} in forward mode: an argument has a tangent, and the op has no "
+                    "forward-mode formula; torch would go on with zeros. Use reverse mode, or write the "
+                    "computation with torch operations.",
                     op=schema.name,
                 )
 
@@ -156,7 +179,7 @@ def _refuse_lost_gradients(schema: Schema, values: Sequence[Any], formula: Formu
     if not mutated:
         return
     for param, value in zip(schema.params, values, strict=True):
-        if not _requires_grad((value,)):
+        if not _torch.any_requires_grad(value):
             continue
         if param.mutated or isinstance(formula, NoFormula) or not schema.results:
             lost = "is overwritten" if param.mutated else f"flows into {', '.join(mutated)}"
@@ -170,14 +193,13 @@ def _refuse_lost_gradients(schema: Schema, values: Sequence[Any], formula: Formu
             )
 
 
-def _flatten(values: Sequence[Any], lengths: Sequence[int | None] | None = None) -> list[Any]:
+def _flatten(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
     flat: list[Any] = []
-    for index, value in enumerate(values):
-        nested = lengths[index] is not None if lengths is not None else isinstance(value, (list, tuple))
-        if nested:
-            flat += value
-        else:
+    for value, length in zip(values, lengths, strict=True):
+        if length is None:
             flat.append(value)
+        else:
+            flat += value
     return flat
 
 

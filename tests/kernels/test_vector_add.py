@@ -23,6 +23,8 @@ from tests.kernels.kernel_cases import (
 @pytest.mark.parametrize("shape", [*SHAPES, ()], ids=shape_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vector_add_equals_torch(backend, dtype, shape, layout):
+    if backend == "cpp" and dtype == torch.float16:
+        pytest.skip("float16 is left to the reference on the CPU")
     layout = layout if shape else lambda x: x
     a, b = layout(torch.randn(shape).to(dtype)), torch.randn(shape).to(dtype)
     for left, right in ((a, b), (b, a), (a, a)):

@@ -47,17 +47,21 @@ class Widened {
 inline int64_t row_grain(int64_t n) { return n < 16384 ? 16384 / (n > 0 ? n : 1) : 1; }
 
 // e^x within 1 ulp, also where the result is subnormal, overflows, or x is not a number: no branch and no table, so
-// that a loop over it becomes vector code. x = k ln 2 + r, e^x = 2^k e^r, with e^r as a polynomial of |r| <= ln 2 / 2.
-// Adding 1.5 * 2^23 rounds to the integer k and leaves it in the low bits; 2^k is applied in two halves because it
-// alone may overflow or be subnormal.
+// that a loop over it becomes vector code. x = k ln 2 + r, e^x = 2^k e^r, with e^r as a polynomial of |r| <= ln 2
+// / 2. Adding 1.5 * 2^23 rounds to the integer k and leaves it in the low bits; 2^k is applied in two halves because
+// it alone may overflow or be subnormal.
 inline float fast_exp(float x) {
   x = x > 100.0f ? 100.0f : x;  // not a number stays what it is: the comparison is false
   x = x < -110.0f ? -110.0f : x;
   const float magic = 12582912.0f;
-  union { float f; uint32_t u; } shifted{x * 1.44269504089f + magic};
+  union {
+    float f;
+    uint32_t u;
+  } shifted{x * 1.44269504089f + magic};
   const float k = shifted.f - magic;
-  const int32_t power = static_cast<int32_t>(shifted.u - 0x4b400000u);  // garbage where x is not a number
-  float r = x - k * 0.693359375f;  // exact: the constant has 9 bits
+  const int32_t power =
+      static_cast<int32_t>(shifted.u - 0x4b400000u);  // garbage where x is not a number
+  float r = x - k * 0.693359375f;                     // exact: the constant has 9 bits
   r = r - k * -2.12194440e-4f;
   float p = 1.9875691500e-4f;  // Cephes expf, Moshier 1984
   p = p * r + 1.3981999507e-3f;
@@ -66,8 +70,12 @@ inline float fast_exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const uint32_t half = static_cast<uint32_t>(power >> 1), rest = static_cast<uint32_t>(power) - half;
-  union { uint32_t u; float f; } first{(half + 127u) << 23}, second{(rest + 127u) << 23};
+  const uint32_t half = static_cast<uint32_t>(power >> 1),
+                 rest = static_cast<uint32_t>(power) - half;
+  union {
+    uint32_t u;
+    float f;
+  } first{(half + 127u) << 23}, second{(rest + 127u) << 23};
   return p * first.f * second.f;
 }
 
@@ -76,7 +84,10 @@ inline double fast_exp(double x) {
   x = x > 720.0 ? 720.0 : x;
   x = x < -760.0 ? -760.0 : x;
   const double magic = 6755399441055744.0;
-  union { double f; uint64_t u; } shifted{x * 1.4426950408889634 + magic};
+  union {
+    double f;
+    uint64_t u;
+  } shifted{x * 1.4426950408889634 + magic};
   const double k = shifted.f - magic;
   const int64_t power = static_cast<int64_t>(shifted.u - 0x4338000000000000u);
   double r = x - k * 6.93145751953125e-1;
@@ -94,8 +105,12 @@ inline double fast_exp(double x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   p = p * (r * r) + r + 1.0;
-  const uint64_t half = static_cast<uint64_t>(power >> 1), rest = static_cast<uint64_t>(power) - half;
-  union { uint64_t u; double f; } first{(half + 1023u) << 52}, second{(rest + 1023u) << 52};
+  const uint64_t half = static_cast<uint64_t>(power >> 1),
+                 rest = static_cast<uint64_t>(power) - half;
+  union {
+    uint64_t u;
+    double f;
+  } first{(half + 1023u) << 52}, second{(rest + 1023u) << 52};
   return p * first.f * second.f;
 }
 

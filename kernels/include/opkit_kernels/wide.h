@@ -5,9 +5,16 @@
 
 namespace opkit_kernels {
 
-template <class T> struct WideOf { using type = float; };
-template <> struct WideOf<double> { using type = double; };
-template <class T> using Wide = typename WideOf<T>::type;
+template <class T>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
 
 // Call `body(T{})` with the C++ type of a floating tensor.
 template <class Body>

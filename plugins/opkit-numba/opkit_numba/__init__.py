@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import numpy
+
     from opkit.plugins import Registry
 
 __all__ = ["register"]

@@ -23,8 +23,9 @@ int32_t aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* device_type
 int32_t aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* device_index);
 int32_t torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data);
 int32_t torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data);
-int32_t aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                                 int32_t device_type, int32_t device_index, AtenTensorHandle* tensor);
+int32_t aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
+                                 int32_t dtype, int32_t device_type, int32_t device_index,
+                                 AtenTensorHandle* tensor);
 int32_t torch_list_size(StableListHandle list, size_t* size);
 int32_t torch_list_get_item(StableListHandle list, size_t index, uint64_t* item);
 int32_t torch_delete_list(StableListHandle list);
@@ -70,7 +71,8 @@ inline bool take_optional(uint64_t& value) {
 class TensorArg {
  public:
   TensorArg() = default;
-  TensorArg(uint64_t value, const char* name, bool optional, bool is_mutable) : name_(name), mutable_(is_mutable) {
+  TensorArg(uint64_t value, const char* name, bool optional, bool is_mutable)
+      : name_(name), mutable_(is_mutable) {
     if (!optional || take_optional(value)) handle_ = decode<AtenTensorHandle>(value);
   }
   TensorArg(const TensorArg&) = delete;
@@ -168,7 +170,9 @@ class ScalarList {
     for (int64_t i = 0; i < list.size(); ++i) values_[i] = decode<T>(list.item(i));
   }
   operator Span<T>() const { return values_.span(); }
-  operator Optional<Span<T>>() const { return has_ ? Optional<Span<T>>(values_.span()) : Optional<Span<T>>(); }
+  operator Optional<Span<T>>() const {
+    return has_ ? Optional<Span<T>>(values_.span()) : Optional<Span<T>>();
+  }
 
  private:
   Array<T> values_;
@@ -182,7 +186,8 @@ class TensorList {
     for (int64_t i = 0; i < list.size(); ++i) {  // own all elements before one of them can fail
       uint64_t value = list.item(i);
       handles_[i].set_name(list.name(), is_mutable);
-      if (!optional_elements || take_optional(value)) *handles_[i].slot() = decode<AtenTensorHandle>(value);
+      if (!optional_elements || take_optional(value))
+        *handles_[i].slot() = decode<AtenTensorHandle>(value);
     }
     for (int64_t i = 0; i < list.size(); ++i) views_[i] = handles_[i].open();
   }
@@ -216,7 +221,9 @@ class StringArg {
     }
     return StringView(data, static_cast<int64_t>(length));
   }
-  operator Optional<StringView>() const { return handle_ ? Optional<StringView>(*this) : Optional<StringView>(); }
+  operator Optional<StringView>() const {
+    return handle_ ? Optional<StringView>(*this) : Optional<StringView>();
+  }
 
  private:
   StringHandle handle_ = nullptr;
@@ -258,7 +265,8 @@ class Sizes {
 };
 
 // Allocate a contiguous output.
-inline void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType dtype, Device device) {
+inline void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType dtype,
+                     Device device) {
   int64_t strides[Sizes::kMax];
   int64_t step = 1;
   for (int64_t i = sizes.count() - 1; i >= 0; --i) {
@@ -267,8 +275,8 @@ inline void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType
     step *= sizes.data()[i] > 1 ? sizes.data()[i] : 1;
   }
   out.set_name(name, true);
-  if (aoti_torch_empty_strided(sizes.count(), sizes.data(), strides, static_cast<int32_t>(dtype), device.type,
-                               device.index, out.slot()))
+  if (aoti_torch_empty_strided(sizes.count(), sizes.data(), strides, static_cast<int32_t>(dtype),
+                               device.type, device.index, out.slot()))
     fail("torch could not allocate output ", name);
 }
 
@@ -277,8 +285,10 @@ inline void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType
 }
 
 inline void same_device(const Tensor& first, const Tensor& other) {
-  if (first && other && (first.device().type != other.device().type || first.device().index != other.device().index))
-    fail("arguments ", first.name(), " and ", other.name(), " are on different devices; move one of them");
+  if (first && other &&
+      (first.device().type != other.device().type || first.device().index != other.device().index))
+    fail("arguments ", first.name(), " and ", other.name(),
+         " are on different devices; move one of them");
 }
 
 // Python's // and %, which round down.
@@ -311,9 +321,7 @@ template <class Body>
 void guarded(const Body& body) {
   try {
     body();
-  } catch (const Error&) {
-    throw;
-  } catch (const std::exception& error) {
+  } catch (const Error&) { throw; } catch (const std::exception& error) {
     fail(error.what());
   }
 }

@@ -101,9 +101,9 @@ template <class... Parts>
 }
 
 // OPKIT_CHECK(n % 8 == 0, "n is ", n, ", expected a multiple of 8");
-#define OPKIT_CHECK(condition, ...)                  \
-  do {                                               \
-    if (!(condition)) ::opkit::fail(__VA_ARGS__);    \
+#define OPKIT_CHECK(condition, ...)               \
+  do {                                            \
+    if (!(condition)) ::opkit::fail(__VA_ARGS__); \
   } while (0)
 
 // ---------------------------------------------------------------- number types
@@ -112,12 +112,18 @@ struct alignas(2) BFloat16 {
   uint16_t bits;
   BFloat16() = default;
   OPKIT_HOST_DEVICE BFloat16(float value) {
-    union { float f; uint32_t u; } v{value};
+    union {
+      float f;
+      uint32_t u;
+    } v{value};
     const uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
     bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
   }
   OPKIT_HOST_DEVICE operator float() const {
-    union { uint32_t u; float f; } v{static_cast<uint32_t>(bits) << 16};
+    union {
+      uint32_t u;
+      float f;
+    } v{static_cast<uint32_t>(bits) << 16};
     return v.f;
   }
 };
@@ -132,10 +138,14 @@ struct alignas(2) Half {
   // Integers and selects instead of _Float16, which gcc does not vectorise before AVX512-FP16. Nothing here is a
   // subnormal float, which a thread may be told to flush.
   Half(float value) {
-    union { float f; uint32_t u; } v{value}, small;
+    union {
+      float f;
+      uint32_t u;
+    } v{value}, small;
     const uint32_t sign = v.u >> 16 & 0x8000u;
     v.u &= 0x7fffffffu;
-    small.f = v.f + 0.5f;  // leaves a subnormal half in the low bits, rounded to even by the addition
+    small.f =
+        v.f + 0.5f;  // leaves a subnormal half in the low bits, rounded to even by the addition
     const uint32_t subnormal = small.u - 0x3f000000u;
     const uint32_t normal = (v.u - 0x38000000u + 0xfffu + (v.u >> 13 & 1u)) >> 13;
     const uint32_t huge = v.u > 0x7f800000u ? 0x7e00u : 0x7c00u;
@@ -144,7 +154,10 @@ struct alignas(2) Half {
   }
   operator float() const {
     const uint32_t magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
-    union { uint32_t u; float f; } small{magnitude + 0x38800000u}, v;
+    union {
+      uint32_t u;
+      float f;
+    } small{magnitude + 0x38800000u}, v;
     small.f -= 6.103515625e-05f;  // 2^-14
     const uint32_t normal = magnitude + (magnitude >= 0x0f800000u ? 0x70000000u : 0x38000000u);
     v.u = sign | (magnitude < 0x00800000u ? small.u : normal);
@@ -155,9 +168,23 @@ struct alignas(2) Half {
 
 // torch's numbers for dtypes; opkit verifies them against the running torch before the first kernel.
 enum class DType : int32_t {
-  uint8 = 0, int8 = 1, int16 = 2, int32 = 3, int64 = 4, float16 = 5, float32 = 6, float64 = 7,
-  complex64 = 9, complex128 = 10, boolean = 11, bfloat16 = 15,
-  float8_e5m2 = 23, float8_e4m3fn = 24, uint16 = 27, uint32 = 28, uint64 = 29
+  uint8 = 0,
+  int8 = 1,
+  int16 = 2,
+  int32 = 3,
+  int64 = 4,
+  float16 = 5,
+  float32 = 6,
+  float64 = 7,
+  complex64 = 9,
+  complex128 = 10,
+  boolean = 11,
+  bfloat16 = 15,
+  float8_e5m2 = 23,
+  float8_e4m3fn = 24,
+  uint16 = 27,
+  uint32 = 28,
+  uint64 = 29
 };
 
 inline const char* name(DType dtype) {
@@ -199,7 +226,7 @@ template <> struct DTypeOf<Half> { static constexpr DType value = DType::float16
 template <> struct DTypeOf<BFloat16> { static constexpr DType value = DType::bfloat16; };
 
 struct Device {
-  int32_t type;   // torch's number: 0 is the CPU, 1 is CUDA
+  int32_t type;  // torch's number: 0 is the CPU, 1 is CUDA
   int32_t index;
 };
 
@@ -264,7 +291,9 @@ class Tensor {
   void* data_ptr() const { return data_; }
 
  private:
-  void require() const { if (!defined_) fail("argument ", name_, " is None, the kernel reads it"); }
+  void require() const {
+    if (!defined_) fail("argument ", name_, " is None, the kernel reads it");
+  }
   int64_t axis(int64_t i) const {
     require();
     const int64_t wrapped = i < 0 ? i + dim_ : i;
@@ -297,14 +326,17 @@ class Elements {
         continue;
       }
       if (dim_ == kMaxDim)
-        fail("argument ", x.name(), " has more than ", kMaxDim, " dimensions that lie apart; pass it contiguous");
+        fail("argument ", x.name(), " has more than ", kMaxDim,
+             " dimensions that lie apart; pass it contiguous");
       size_[dim_] = x.size(i);
       stride_[dim_++] = x.stride(i);
     }
     contiguous_ = dim_ == 0 || (dim_ == 1 && stride_[0] == 1) || x.numel() == 0;
   }
   OPKIT_HOST_DEVICE bool is_contiguous() const { return contiguous_; }
-  OPKIT_HOST_DEVICE const T& operator[](int64_t i) const { return data_[contiguous_ ? i : offset(i)]; }
+  OPKIT_HOST_DEVICE const T& operator[](int64_t i) const {
+    return data_[contiguous_ ? i : offset(i)];
+  }
 
   // `count` elements from the i-th on, side by side: where they are, or else copied to `buffer`.
   const T* read(int64_t i, int64_t count, T* buffer) const {
@@ -336,7 +368,7 @@ class Elements {
   T* data_;
   bool contiguous_;
   int dim_ = 0;
-  int64_t size_[kMaxDim];    // the innermost dimension first
+  int64_t size_[kMaxDim];  // the innermost dimension first
   int64_t stride_[kMaxDim];
 };
 
@@ -403,7 +435,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
         try {
           (*c.body)(from, to);
         } catch (...) {  // torch's C shim would keep only an error code
-          if (!__atomic_exchange_n(&c.claimed, 1, __ATOMIC_ACQ_REL)) c.error = std::current_exception();
+          if (!__atomic_exchange_n(&c.claimed, 1, __ATOMIC_ACQ_REL))
+            c.error = std::current_exception();
         }
       },
       &context);
@@ -425,8 +458,8 @@ class Scratch {
  public:
   Scratch(int64_t count, Device device) {
     const int64_t stride = 1;
-    if (scratch_new(1, &count, &stride, static_cast<int32_t>(DTypeOf<T>::value), device.type, device.index,
-                    &handle_))
+    if (scratch_new(1, &count, &stride, static_cast<int32_t>(DTypeOf<T>::value), device.type,
+                    device.index, &handle_))
       fail("torch gave no memory for ", count, " elements of ", name(DTypeOf<T>::value));
     if (scratch_data(handle_, &data_)) {
       scratch_delete(handle_);
@@ -452,11 +485,10 @@ inline cudaStream_t stream() {
 }
 
 // Fail with CUDA's own text: OPKIT_CUDA_CHECK(cudaGetLastError()) after a launch.
-#define OPKIT_CUDA_CHECK(call)                                                        \
-  do {                                                                                \
-    const cudaError_t opkit_status = (call);                                          \
-    if (opkit_status != cudaSuccess)                                                  \
-      ::opkit::fail(#call, ": ", cudaGetErrorString(opkit_status));                   \
+#define OPKIT_CUDA_CHECK(call)                                                                     \
+  do {                                                                                             \
+    const cudaError_t opkit_status = (call);                                                       \
+    if (opkit_status != cudaSuccess) ::opkit::fail(#call, ": ", cudaGetErrorString(opkit_status)); \
   } while (0)
 #endif
 

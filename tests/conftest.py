@@ -1,0 +1,45 @@
+"""Fixtures for all tests: a clean environment, one kernel cache per session, and ops that go away again."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from opkit import _config, _registry
+from opkit.dispatch import preference, select
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory):
+    """Where kernels are built, so that each compiles once per session and never in the user's cache."""
+    return tmp_path_factory.mktemp("opkit-cache")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, session_cache):
+    """No OPKIT_* variable of the user's, and nothing remembered of one that a test has set."""
+    for name in [name for name in os.environ if name.startswith("OPKIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OPKIT_CACHE_DIR", str(session_cache))
+    _config.refresh()
+    preference.refresh()
+    yield
+    monkeypatch.undo()
+    _config.refresh()
+    preference.refresh()
+
+
+@pytest.fixture
+def registry():
+    """Ops that the test defines are removed after it, and what was said once may be said again."""
+    before, additions = set(_registry._ops), {name: list(a) for name, a in _registry._additions.items()}
+    select._warned.clear()
+    yield _registry
+    for name in set(_registry._ops) - before:
+        _registry.remove(name)
+    _registry._additions.clear()
+    _registry._additions.update(additions)
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

@@ -1,0 +1,72 @@
+"""The package opkit_kernels: its names, and that its CUDA sources compile."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import opkit
+import opkit_kernels
+
+SOURCES = sorted(Path(opkit_kernels.__file__).parent.glob("*/*.cu"))
+OPS = sorted(name for name, value in vars(opkit_kernels).items() if isinstance(value, opkit.Op))
+
+
+def test_names_are_ops_also_after_every_submodule_is_imported():
+    for module in pkgutil.walk_packages(opkit_kernels.__path__, "opkit_kernels."):
+        importlib.import_module(module.name)
+    assert set(OPS) == {f for f in opkit_kernels.__all__ if f.islower()}
+    for name in OPS:
+        assert getattr(opkit_kernels, name).name == f"opkit::{name}"
+
+
+def test_names_are_ops_where_a_submodule_is_imported_first():
+    code = "import opkit_kernels.rms_norm.rms_norm, opkit, opkit_kernels as k; assert isinstance(k.rms_norm, opkit.Op)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_has_kernels_a_gradient_and_an_example(name):
+    op = getattr(opkit_kernels, name)
+    assert {"reference", "cpp", "cuda"} <= {candidate.backend for candidate in op.kernels}
+    assert ">>>" in op.__doc__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_cuda_source_compiles_without_a_warning(source, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no CUDA compiler: nvcc was not found")
+    includes = [f"-I{Path(opkit.__file__).parent / 'cpp/include'}", f"-I{source.parents[1] / 'include'}"]
+    arches = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90")]
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "--expt-extended-lambda",
+        "-DNDEBUG",
+        "-DUSE_CUDA",
+    ]
+    command = [nvcc, *flags, *arches, *includes, "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c", str(source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    # A kernel that spills is right and slow, which no test on a device would notice.
+    for line in done.stderr.splitlines():
+        if "spill stores" in line:
+            assert "0 bytes spill stores, 0 bytes spill loads" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPS)
+def test_cuda_kernel_builds_with_its_glue(name):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no CUDA compiler: nvcc was not found")
+    assert all(path.is_file() for path in getattr(opkit_kernels, name).build("cuda"))

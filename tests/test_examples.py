@@ -1,0 +1,63 @@
+"""Every examples/NN_topic.py runs alone, asserts its own result, and says what it showed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# What each prints: the words of its lesson, not its figures.
+EXPECTED = {
+    "01_python_op.py": (
+        "eager: <opkit.Op demo::softmax",
+        "one graph for 4 sizes",
+        "refused: calling demo::softmax",
+    ),
+    "02_from_autograd_function.py": ("the autograd.Function is refused, the op compiles", "agrees too"),
+    "03_cpp_kernel.py": ("expected 0 <= decay < 1", "the gradient too", "'z' was not declared"),
+    "04_cuda_kernel.py": ("cpu: the reference agrees",),
+    "05_choosing_backends.py": (
+        "matmul     selected",
+        "too short to gain from it",
+        "OPKIT_BACKEND=rows,reference: rows",
+        "runs its reference on cpu",
+        "the same graph",
+    ),
+    "06_writing_a_plugin.py": (
+        "fast       selected   priority 0  opkit-fast 1.0",
+        "OPKIT_AUTOLOAD turns calling plugins off",
+        "No module named 'opkit_fast_and_missing'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Without OPKIT_* of whoever runs the tests, and with one cache of kernels for all examples."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OPKIT_")}
+    return {**clean, "OPKIT_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+
+
+def test_every_example_is_listed_here() -> None:
+    assert sorted(EXPECTED) == sorted(path.name for path in EXAMPLES.glob("[0-9][0-9]_*.py"))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_example_runs_and_says_what_it_showed(name: str, environment: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name],
+        env=environment,
+        cwd=tmp_path,  # it runs from anywhere
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    for words in EXPECTED[name]:
+        assert words in done.stdout, f"{words!r} is not in:\n{done.stdout}"
+    assert not list(tmp_path.iterdir()), "an example leaves nothing behind where it runs"
