@@ -331,8 +331,11 @@ class Op(Generic[P, R]):
                     f"{', '.join(sorted(known)) or 'none'}.{did_you_mean(name, known)} Name one of these.",
                     op=self.name,
                 )
-        wanted = [k.function for k in found if not backends or k.backend in backends]
-        return [s.build(self.schema, self._runner.plan) for s in wanted if isinstance(s, Source)]
+        return [
+            kernel.function.build(self.schema, self._runner.plan, kernel.backend)
+            for kernel in found
+            if isinstance(kernel.function, Source) and (not backends or kernel.backend in backends)
+        ]
 
     # ---------------------------------------------------------------- torch's side
 

@@ -24,6 +24,9 @@ This module imports nothing of opkit.
 from __future__ import annotations
 
 import difflib
+import re
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +125,17 @@ class ConfigError(OpkitError, ValueError):
 for _error in list(globals().values()):
     if isinstance(_error, type) and issubclass(_error, OpkitError):
         _error.__module__ = "opkit"  # tracebacks read opkit.SchemaError
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's code that led here, outside of opkit and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _INSIDE.search(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level + 1)
+
+
+_INSIDE = re.compile(r"[/\\](opkit|torch)[/\\](?!.*(tests|examples)[/\\])")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -78,7 +78,7 @@ def unit_source(kernel: str, symbol: str, schema: Schema, plan: Plan | None, *, 
     return f"""#define OPKIT_OP "{schema.name}"
 {kernel}
 #include <opkit/glue.h>
-#line 1 "opkit glue of {schema.name}"
+#line 1 "opkit glue of {schema.namespace}.{schema.opname}"
 extern "C" __attribute__((visibility("default"))) void opkit_call(uint64_t* stack, uint64_t, uint64_t) {{
   using namespace opkit;
   using namespace opkit::glue;

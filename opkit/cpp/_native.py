@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import re
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -44,9 +45,16 @@ def _define(path: Path, schema: Schema, declaration: str, device: str) -> tuple[
     try:
         entry = ctypes.CDLL(str(path)).opkit_call
     except (OSError, AttributeError) as err:
+        missing = re.search(r"undefined symbol: (\S+)", str(err))
         raise BuildError(
-            f"loading the kernel of {schema.name} from {path}: {err}. Expected a library that fits torch "
-            f"{torch.__version__}. Remove the folder {path.parent} to have it built again.",
+            f"loading the kernel of {schema.name} from {path}: {err}. "
+            + (
+                f"Expected every function that it calls to be defined. Define {_demangled(missing.group(1))} in the "
+                "source, or name the library that has it in extra_ldflags."
+                if missing
+                else f"Expected a library that fits torch {torch.__version__}. Remove the folder {path.parent} "
+                "to have it built again."
+            ),
             op=schema.name,
         ) from err
     digest = hashlib.sha256(f"{path}{declaration}{device}".encode()).hexdigest()[:16]
@@ -69,6 +77,14 @@ def _define(path: Path, schema: Schema, declaration: str, device: str) -> tuple[
         )
     overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
     return overload, (library, handle)
+
+
+def _demangled(symbol: str) -> str:
+    """Return a C++ symbol as it stands in the source, where binutils can tell."""
+    try:
+        return subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip() or symbol
+    except OSError:
+        return symbol
 
 
 def _lowered(schema: Schema, *, with_outputs: bool) -> str:

@@ -22,6 +22,8 @@ from opkit.errors import BuildError
 from opkit.spec.plan import Plan
 from opkit.spec.schema import Schema
 
+_SUFFIXES = (".cpp", ".cc", ".cxx", ".c", ".cu")
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -32,6 +34,8 @@ class Source:
     symbol: str | None
     cuda: bool
     where: str
+    place: str
+    """What the compiler calls source text; without the colons and parentheses that its messages use."""
     extra_cflags: tuple[str, ...] = ()
     extra_cuda_cflags: tuple[str, ...] = ()
     extra_ldflags: tuple[str, ...] = ()
@@ -55,14 +59,14 @@ class Source:
             return "no C++ compiler was found (install g++ or set CXX)"
         return None
 
-    def build(self, schema: Schema, plan: Plan | None) -> Path:
+    def build(self, schema: Schema, plan: Plan | None, backend: str) -> Path:
         """Compile the kernel with its glue for an op, and return the library's path."""
-        text = f'#include "{self.path}"' if self.path else f'#line 1 "{self.where}"\n{self.text}'
+        text = f'#include "{self.path}"' if self.path else f'#line 1 "{self.place}"\n{self.text}'
         unit = unit_source(text, self.symbol or schema.opname, schema, plan, cuda=self.cuda)
         try:
             return shared_library(
                 unit,
-                label=f"{schema.name} [{self.backend}]",
+                label=f"{schema.name} [{backend}]",
                 op=schema.name,
                 cuda=self.cuda,
                 include_paths=self.extra_include_paths,
@@ -83,10 +87,10 @@ class Source:
             raise
 
     def bind(
-        self, schema: Schema, plan: Plan | None, device: str, meta: Callable[..., Any]
+        self, schema: Schema, plan: Plan | None, device: str, meta: Callable[..., Any], backend: str
     ) -> Callable[..., Any]:
         """Return the built kernel as a function of all arguments; `meta` gives outputs without a plan."""
-        call = register(self.build(schema, plan), schema, device, with_outputs=plan is None)
+        call = register(self.build(schema, plan, backend), schema, device, with_outputs=plan is None)
         if plan is not None or not schema.results:
             return call
 
@@ -114,7 +118,7 @@ def kernel(
     then the outputs, and includes only `opkit/kernel.h`.
 
     Args:
-        source: a path, relative to the calling file, or the source text itself (with a newline).
+        source: a path, relative to the calling file, or the source text itself.
         symbol: name of the C++ function, where it is not the op's.
         extra_cflags: more flags for the C++ compiler, after `-O3`.
         extra_cuda_cflags: more flags for nvcc.
@@ -123,7 +127,7 @@ def kernel(
         cuda: whether nvcc compiles it; by default where the path ends in `.cu`.
 
     Raises:
-        BuildError: the file does not exist.
+        BuildError: the file does not exist, or is not C++ or CUDA source by its suffix.
 
     Example:
         >>> import opkit, torch
@@ -145,17 +149,25 @@ def kernel(
     here = Path(frame.f_globals.get("__file__") or "unnamed").absolute().parent
     folders = tuple((here / folder).resolve() for folder in extra_include_paths)
     flags = (tuple(extra_cflags), tuple(extra_cuda_cflags), tuple(extra_ldflags), folders)
-    if isinstance(source, str) and "\n" in source:
-        where = f"source at {frame.f_code.co_filename}:{frame.f_lineno}"
-        return Source(None, source, symbol, bool(cuda), where, *flags)
+    if isinstance(source, str) and ("\n" in source or "{" in source):
+        file = frame.f_code.co_filename
+        place = f"{Path(file).name.replace(':', ' ')}, kernel at line {frame.f_lineno}"
+        return Source(None, source, symbol, bool(cuda), f"source at {file}:{frame.f_lineno}", place, *flags)
     path = here / source
     if not path.is_file():
         raise BuildError(
             f"naming a kernel: there is no file {path}; expected C++ or CUDA source. Paths are relative to the "
-            "file that calls opkit.cpp.kernel; source text itself must contain a newline."
+            "file that calls opkit.cpp.kernel; source text itself is told by a newline or a brace in it."
+        )
+    if path.suffix not in _SUFFIXES:
+        raise BuildError(
+            f"naming a kernel: {path} has the suffix {path.suffix!r}; expected one of {', '.join(_SUFFIXES)}. "
+            "Name the C++ or CUDA source itself."
         )
     path = path.resolve()
-    return Source(path, None, symbol, path.suffix == ".cu" if cuda is None else cuda, str(path), *flags)
+    return Source(
+        path, None, symbol, path.suffix == ".cu" if cuda is None else cuda, str(path), str(path), *flags
+    )
 
 
 def _allocate_like(outputs: Any, values: Sequence[Any]) -> tuple[torch.Tensor, ...]:

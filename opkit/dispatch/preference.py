@@ -71,7 +71,7 @@ def _from_environment() -> Preference:
             if name not in _known:
                 raise ConfigError(
                     f"reading OPKIT_BACKEND: found {name!r}; expected one of {', '.join(sorted(_known))}."
-                    f"{did_you_mean(name, _known)} Change or unset the variable."
+                    f"{did_you_mean(name, _known)} Change or unset the variable, or install the plugin that brings it."
                 )
         _environment = Preference(names)
     return _environment
@@ -104,7 +104,8 @@ class use_backend:  # noqa: N801  (a context manager, named like torch.no_grad)
     The others remain as a fallback unless `strict=True`, which makes a call fail that none of
     the named backends can take. Backward passes follow the preference in force where
     `.backward()` is called. Works inside a compiled function without a graph break, and entering
-    it around one recompiles nothing.
+    it around one recompiles nothing. The variable OPKIT_BACKEND says the same for a whole process; it is
+    read when a kernel is first chosen.
 
     Args:
         *names: backends, such as `cpp`, `reference`, or one that a plugin brings.

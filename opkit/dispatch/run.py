@@ -53,7 +53,9 @@ class Runner:
         call = self._built.get(kernel)
         if call is None:
             assert isinstance(kernel.function, Source)
-            call = kernel.function.bind(self.schema, self.plan, kernel.device, self.meta)
+            if self.plan is not None:
+                self.plan.infer(*values)  # wrong arguments are reported without a build
+            call = kernel.function.bind(self.schema, self.plan, kernel.device, self.meta, kernel.backend)
             self._built[kernel] = call
         try:
             return call(*values)

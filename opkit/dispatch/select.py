@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from opkit.cpp.light import Source
 from opkit.dispatch import preference, sources
 from opkit.dispatch.preference import Preference
 from opkit.dispatch.table import REFERENCE, Kernel, KernelTable
-from opkit.errors import NoKernelError
+from opkit.errors import NoKernelError, warn
 from opkit.spec.schema import Schema
 
 
@@ -204,8 +203,7 @@ def _warn_of_fallback(table: KernelTable, device: str, rejected: list[tuple[Kern
     else:
         devices = ", ".join(sorted({k.device for k in table.all() if k.device != "any"}))
         reasons = f"its kernels are for {devices}"
-    warnings.warn(
+    warn(
         f"{name} runs its reference on {device}, which may be slow: {reasons}. Register a kernel for this "
-        'case, or accept it with opkit.use_backend("reference").',
-        stacklevel=2,
+        'case, or accept it with opkit.use_backend("reference").'
     )

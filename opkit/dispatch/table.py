@@ -5,7 +5,6 @@ Responsible for keeping kernels; choosing one is `select`, running it is `run`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from opkit import _torch
 from opkit.cpp.light import Source
 from opkit.dispatch import preference
-from opkit.errors import RegistrationError, did_you_mean
+from opkit.errors import RegistrationError, did_you_mean, warn
 from opkit.spec.schema import Schema, describe
 
 REFERENCE = "reference"
@@ -57,10 +56,9 @@ class KernelTable:
         key = (kernel.device, kernel.backend)
         old = self._kernels.get(key)
         if old is not None and old.source != kernel.source:
-            warnings.warn(
+            warn(
                 f"{self.schema.name}: the {kernel.backend} kernel for {kernel.device} from {kernel.source} "
-                f"replaces the one from {old.source}. Give one of them another backend= to keep both.",
-                stacklevel=3,
+                f"replaces the one from {old.source}. Give one of them another backend= to keep both."
             )
         self._kernels[key] = kernel
         preference.know(kernel.backend)

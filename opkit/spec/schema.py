@@ -121,7 +121,11 @@ class Schema:
         return f"{name or self.opname}({', '.join(parts)}) -> ({results})"
 
     def __str__(self) -> str:
-        return self.declaration(self.name)
+        text = self.declaration(self.name)
+        if self.container in (None, tuple):
+            return text
+        named = ", ".join(f"{r.type} {r.name}" for r in self.results)
+        return f"{text[: text.rindex(' -> (')]} -> ({named})"
 
     def fill(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return all arguments in schema order; torch drops those that equal their default.

@@ -233,7 +233,9 @@ def test_a_kernel_that_does_not_fit_is_left_out_and_the_others_stay(fresh):
         str(warning.message),
     )
     assert [p.status for p in opkit.plugins.list()] == ["failed"]
-    assert "kernels in force: site::mine on cpu (right)" in opkit.plugins.why("partly")
+    story = opkit.plugins.why("partly")
+    assert "; kernels in force: site::mine on cpu (right)\n" in story
+    assert "waiting" not in story
 
 
 def test_a_late_kernel_that_does_not_fit_does_not_break_the_definition(fresh):

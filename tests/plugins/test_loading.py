@@ -139,9 +139,11 @@ def test_a_plugin_may_look_up_ops_and_load_plugins_itself(fresh):
         "curious",
         """
         import opkit, opkit.plugins
+        calls = []
 
         def register(registry):
             global seen
+            calls.append(1)
             opkit.plugins.load()
             seen = opkit.list_ops()
             assert opkit.find("site::nothing") is None
@@ -151,6 +153,7 @@ def test_a_plugin_may_look_up_ops_and_load_plugins_itself(fresh):
     fresh.install("later", GOOD)
     opkit.list_ops()
     assert "site::double" in sys.modules["curious"].seen
+    assert sys.modules["curious"].calls == [1]
     assert statuses() == [("curious", "curious", "loaded"), ("later", "later", "loaded")]
 
 
@@ -366,6 +369,9 @@ def test_an_earlier_distribution_shadows_a_later_one(fresh, monkeypatch, tmp_pat
     assert [f.name for f in discovery.scan()] == ["old"]
     monkeypatch.syspath_prepend(str(tmp_path / "first"))
     assert discovery.scan() == []
+    points = "[opkit.plugins]\nnew = twice:register\n"
+    (tmp_path / "first" / "twice-2.0.dist-info" / "entry_points.txt").write_text(points)
+    assert [(f.name, f.version) for f in discovery.scan()] == [("new", "2.0")]
 
 
 def test_unreadable_metadata_of_others_hides_no_plugin(fresh):
