@@ -40,6 +40,21 @@ def stashed() -> Any:
     return torch._C._get_obj_in_tls(_STASHED) if torch._C._is_key_in_tls(_STASHED) else None
 
 
+# What Dynamo keeps of one attempt at tracing a function; it starts anew after a graph break, so
+# that nothing of a failed attempt is left (torch/_dynamo/output_graph.py creates it).
+tracing: Callable[[], Any] = torch._guards.TracingContext.try_get
+
+
+def in_subgraph() -> bool:
+    """Whether Dynamo is tracing the body of a higher-order operator, such as a checkpointed function.
+
+    There it refuses code that changes objects from outside (torch/_dynamo/variables/higher_order_ops.py).
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return not InstructionTranslator.current_tx().output.is_root_tracer()
+
+
 def register_meta(
     library: torch.library.Library, name: str, function: Callable[..., Any], source: str
 ) -> None:

@@ -20,7 +20,7 @@ def plot(results: dict[str, dict[str, Any]], folder: Path) -> Path:
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     titles = list(results)
     steps = [results[title]["step_ms"] for title in titles]
-    colours = [COLOURS[title.split()[0].rstrip(",")] for title in titles]
+    colours = [COLOURS[title.split()[0]] for title in titles]
     drawn = bars.barh(titles, steps, color=colours)
     bars.bar_label(drawn, [f" {step:.2f}" for step in steps])
     bars.invert_yaxis()
@@ -32,7 +32,7 @@ def plot(results: dict[str, dict[str, Any]], folder: Path) -> Path:
     curves.axhline(96, color="#d1d5db", linewidth=1)
     curves.set_xlabel("epoch")
     curves.set_ylabel("test accuracy, %")
-    curves.set_ylim(80, 100.5)
+    curves.set_ylim(90, 100)
     curves.legend(loc="lower right", frameon=False)
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)

@@ -38,12 +38,13 @@ static void add_blocks(const A* partial, int64_t blocks, int64_t n, opkit::Tenso
     using T = decltype(zero);
     T* to = out.data<T>();
     opkit::parallel_for(0, n, row_grain(blocks), [&](int64_t begin, int64_t end) {
-      const Buffer<A> buffer(end - begin);
-      A* sums = buffer.data() - begin;
-      for (int64_t i = begin; i < end; ++i) sums[i] = 0;
+      const int64_t count = end - begin;
+      const Buffer<A> buffer(count);
+      A* sums = buffer.data();
+      for (int64_t i = 0; i < count; ++i) sums[i] = 0;
       for (int64_t b = 0; b < blocks; ++b)
-        for (int64_t i = begin; i < end; ++i) sums[i] += partial[b * n + i];
-      for (int64_t i = begin; i < end; ++i) to[i] = T(sums[i]);
+        for (int64_t i = 0; i < count; ++i) sums[i] += partial[b * n + begin + i];
+      for (int64_t i = 0; i < count; ++i) to[begin + i] = T(sums[i]);
     });
   });
 }

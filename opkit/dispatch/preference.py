@@ -6,8 +6,9 @@ In a compiled function it belongs to the calls that were traced inside the `with
 
 from __future__ import annotations
 
+import weakref
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,6 +41,9 @@ class Preference(NamedTuple):
 _used = False
 # Contexts entered by the function that Dynamo is tracing now; empty whenever nothing is traced.
 _traced: list[Preference] = []
+# The same for contexts inside of a checkpointed function, where Dynamo refuses a list that changes:
+# it calls the functions over this one while it traces, and does not trace into them.
+_traced_inside: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
 
 
 def know(backend: str) -> None:
@@ -58,7 +62,33 @@ def current() -> Preference:
 
 def traced() -> str | None:
     """Return the preference of the function being traced by Dynamo, encoded, or None."""
-    return _traced[-1].encode() if _traced else None
+    inside = _innermost()
+    if inside is None and _traced:
+        return _traced[-1].encode()
+    return inside  # type: ignore[no-any-return]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _innermost() -> str | None:
+    entered = _traced_inside.get(_torch.tracing())
+    return entered[-1] if entered else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _enter_inside(encoded: str) -> bool:
+    """Note a context if it is entered in a checkpointed function; return whether it is."""
+    if _torch.in_subgraph():
+        _traced_inside.setdefault(_torch.tracing(), []).append(encoded)
+        return True
+    return False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _leave_inside() -> bool:
+    if _torch.in_subgraph():
+        _traced_inside[_torch.tracing()].pop()
+        return True
+    return False
 
 
 def _from_environment() -> Preference:
@@ -130,7 +160,8 @@ class use_backend:  # noqa: N801  (a context manager, named like torch.no_grad)
     def __enter__(self) -> None:
         global _used
         if torch.compiler.is_dynamo_compiling():
-            _traced.append(self._preference)
+            if not _enter_inside(self._preference.encode()):
+                _traced.append(self._preference)
             return
         check_known(self._preference.names)
         self._before.append(_torch.stashed())
@@ -141,6 +172,7 @@ class use_backend:  # noqa: N801  (a context manager, named like torch.no_grad)
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if torch.compiler.is_dynamo_compiling():
-            _traced.pop()
+            if not _leave_inside():
+                _traced.pop()
             return
         _torch.stash(self._before.pop())

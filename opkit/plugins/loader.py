@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import os
 import traceback
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from opkit import _config
 from opkit.dispatch import sources
+from opkit.errors import warn
 from opkit.plugins import discovery
 from opkit.plugins.discovery import Found
 from opkit.plugins.registry import Registration, Registry
@@ -131,7 +131,7 @@ def _apply(state: State, registration: Registration, op: Op[..., Any]) -> None:
 def _warn(doing: str, state: State) -> None:
     rest = "What else it registered is in force." if state.registrations else "opkit goes on without it."
     more = f"opkit.plugins.why({state.found.name!r}) shows {'the traceback' if state.traceback else 'where it is'}."
-    warnings.warn(f"{doing}: {state.reason}. {rest} {state.remedy} {more}")
+    warn(f"{doing}: {state.reason}. {rest} {state.remedy} {more}")
 
 
 def _describe(error: BaseException) -> str:

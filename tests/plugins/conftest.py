@@ -13,7 +13,7 @@ import pytest
 import opkit
 from opkit import _config, _registry
 from opkit.dispatch import preference, select, sources
-from opkit.plugins import loader
+from opkit.plugins import discovery, loader
 
 
 class Site:
@@ -67,8 +67,11 @@ def site(tmp_path):
 
 
 @pytest.fixture
-def fresh(site, monkeypatch):
-    """The folder on sys.path, and opkit in this process as before its first look for plugins."""
+def fresh(site, monkeypatch, tmp_path):
+    """The folder on sys.path, and opkit in this process as before its first look for plugins.
+
+    Plugins that are installed outside of the test's folders, as `make demo` does, are not seen.
+    """
     site.folder.mkdir()
     monkeypatch.syspath_prepend(str(site.folder))
     for variable in ("OPKIT_AUTOLOAD", "OPKIT_BACKEND"):
@@ -77,6 +80,10 @@ def fresh(site, monkeypatch):
     _config.refresh()
     preference.refresh()
     ops, additions = set(_registry._ops), {k: list(v) for k, v in _registry._additions.items()}
+    scan = discovery.scan
+    monkeypatch.setattr(
+        discovery, "scan", lambda: [f for f in scan() if Path(f.location).is_relative_to(tmp_path)]
+    )
     monkeypatch.setattr(loader, "_states", None)
     monkeypatch.setattr(preference, "_known", set(preference._known))
     monkeypatch.setattr(select, "_warned", set())

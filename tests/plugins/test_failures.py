@@ -97,6 +97,7 @@ def test_a_broken_plugin_is_reported_once_and_the_others_work(fresh, case):
     with pytest.warns(UserWarning, match="broken") as caught:
         assert mine.explain(torch.ones(2)).selected == "good"
     (warning,) = caught
+    assert warning.filename == __file__  # the line that needed plugins
     text = str(warning.message)
     assert text.startswith(f"loading plugin 'broken' of broken-dist 2.1: {happened}")
     assert ". opkit goes on without it. " + advice in text

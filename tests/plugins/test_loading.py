@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ import torch
 import opkit
 from opkit.dispatch import sources
 from opkit.errors import BackendError, ConfigError, RegistrationError
-from opkit.plugins import discovery
 
 GOOD = """
     import torch
@@ -73,7 +70,7 @@ def test_no_import_calls_a_plugin_and_importing_plugins_imports_no_torch(site):
     printed = site.run("""
         import sys
         import opkit, opkit.plugins
-        print([p.status for p in opkit.plugins.list()], opkit.plugins.why("good").splitlines()[0])
+        print([p.status for p in opkit.plugins.list() if p.name == "good"], opkit.plugins.why("good").splitlines()[0])
         print("good" in sys.modules, "torch" in sys.modules)
         import torch, opkit_kernels
         print("good" in sys.modules)
@@ -346,59 +343,6 @@ def test_registry_op_has_the_options_of_opkit_op():
     assert {n: (p.kind, p.default) for n, p in ours.items()} == {
         n: (p.kind, p.default) for n, p in theirs.items()
     }
-
-
-# ---------------------------------------------------------------- found where
-
-
-def test_the_scan_finds_what_the_standard_library_finds(fresh):
-    fresh.install(
-        "one", GOOD, points="[console_scripts]\nx = one:f\n[opkit.plugins]\nb = one:register\na = one:f\n"
-    )
-    fresh.install("two", GOOD, points="# opkit.plugins is only mentioned\n[other]\nx = two:f\n")
-    standard = sorted((p.name, p.dist.name, p.value) for p in entry_points(group="opkit.plugins"))
-    assert [(f.name, f.distribution, f.value) for f in discovery.scan()] == standard
-    assert ("a", "one", "one:f") in standard
-
-
-def test_an_earlier_distribution_shadows_a_later_one(fresh, monkeypatch, tmp_path):
-    fresh.install("twice", GOOD, points="[opkit.plugins]\nold = twice:register\n")
-    fresh.install(
-        "twice", GOOD, points="[console_scripts]\nx = twice:f\n", version="2.0", folder=tmp_path / "first"
-    )
-    assert [f.name for f in discovery.scan()] == ["old"]
-    monkeypatch.syspath_prepend(str(tmp_path / "first"))
-    assert discovery.scan() == []
-    points = "[opkit.plugins]\nnew = twice:register\n"
-    (tmp_path / "first" / "twice-2.0.dist-info" / "entry_points.txt").write_text(points)
-    assert [(f.name, f.version) for f in discovery.scan()] == [("new", "2.0")]
-
-
-def test_unreadable_metadata_of_others_hides_no_plugin(fresh):
-    fresh.install("broken", GOOD, points="[console_scripts]\nno equals sign\n")
-    fresh.install("nameless", GOOD)
-    (fresh.folder / "nameless-1.0.dist-info" / "METADATA").unlink()
-    fresh.install("good", GOOD)
-    with pytest.raises(TypeError):
-        entry_points(group="opkit.plugins")
-    fresh.install("latin", GOOD)
-    Path(fresh.folder / "latin-1.0.dist-info" / "entry_points.txt").write_bytes(
-        b"[opkit.plugins]\n\xe9 = latin:f\n"
-    )
-    found = [(f.name, f.distribution, f.version) for f in discovery.scan()]
-    assert found == [("good", "good", "1.0"), ("nameless", "(no name)", "(no version)")]
-
-
-def test_an_unknown_name_lists_the_installed(fresh):
-    assert opkit.plugins.why("anything") == (
-        "No installed distribution has a plugin 'anything'; installed are none. "
-        "Install the distribution that brings it into this Python's environment."
-    )
-
-
-def test_a_nearly_right_name_is_suggested(fresh):
-    fresh.install("good", GOOD)
-    assert "installed are good. Did you mean 'good'? Install" in opkit.plugins.why("goood")
 
 
 def test_an_unknown_backend_is_refused_with_those_of_plugins_in_the_list(fresh):

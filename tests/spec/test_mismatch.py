@@ -1,3 +1,4 @@
+# ruff: noqa: UP007, UP045  (the older spellings are what is tested)
 from __future__ import annotations
 
 from typing import Optional

@@ -98,8 +98,8 @@ def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
 def _array(tensor: Tensor, dtype: torch.dtype) -> numpy.ndarray:
     """Return a contiguous array, without a copy where the tensor is one of this dtype.
 
-    numba compiles anew for every layout, so strided tensors are copied. A kernel sees the caller's own
-    tensors, which may require grad or be lazy negations; numpy knows neither.
+    numba compiles anew for every layout, so strided tensors are copied. numpy takes neither tensors that
+    require grad nor lazy negations, which a caller may have around torch's dispatcher.
     """
     return tensor.detach().resolve_neg().to(dtype).contiguous().numpy()
 

@@ -222,7 +222,7 @@ class StringArg {
     return StringView(data, static_cast<int64_t>(length));
   }
   operator Optional<StringView>() const {
-    return handle_ ? Optional<StringView>(*this) : Optional<StringView>();
+    return handle_ ? Optional<StringView>(StringView(*this)) : Optional<StringView>();
   }
 
  private:

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import opkit
+from opkit import _registry
+
+pytestmark = pytest.mark.usefixtures("registry")
+
+T = torch.ones(2)
+
+
+def define(k=1):
+    @opkit.op("t::f", shapes="n -> n")
+    def f(x: Tensor) -> Tensor:
+        return x + k
+
+    return f
+
+
+def test_op_is_found_by_name():
+    f = define()
+    assert opkit.get("t::f") is f
+    assert opkit.find("t::f") is f
+    assert "t::f" in opkit.list_ops()
+    assert opkit.find("t::nothing") is None
+
+
+def test_list_of_ops_is_sorted_and_has_the_built_in_ones():
+    names = opkit.list_ops()
+    assert names == sorted(names)
+    assert "opkit::rms_norm" in names
+
+
+def test_unknown_op_raises_with_the_list_and_a_hint():
+    define()
+    with pytest.raises(
+        opkit.OpNotFoundError, match=r"looking up t::ff: no op has that name; .* Did you mean 't::f'"
+    ) as caught:
+        opkit.get("t::ff")
+    assert caught.value.op == "t::ff"
+    assert isinstance(caught.value, KeyError)
+    assert str(caught.value).startswith("looking up")
+
+
+@pytest.mark.parametrize("look", [opkit.get, opkit.find])
+def test_name_without_a_namespace_is_refused(look):
+    with pytest.raises(opkit.SchemaError, match="expected namespace::name"):
+        look("f")
+
+
+def test_duplicate_from_another_place_names_both_places(tmp_path, monkeypatch):
+    text = """
+import opkit
+from torch import Tensor
+@opkit.op("t::f", shapes="n -> n")
+def f(x: Tensor) -> Tensor:
+    return x + 1
+"""
+    for name in ("opkit_one", "opkit_two"):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    one = importlib.import_module("opkit_one")
+    with pytest.raises(
+        opkit.DuplicateOpError, match=r"t::f: found two definitions, f \(.*one.py:4\) and f \(.*two.py:4\)"
+    ):
+        importlib.import_module("opkit_two")
+    assert one.f(T).tolist() == [2, 2]
+    assert opkit.get("t::f") is one.f
+
+
+def test_two_functions_of_one_module_may_not_share_a_name():
+    define()
+    with pytest.raises(opkit.DuplicateOpError, match="found two definitions"):
+
+        @opkit.op("t::f", shapes="n -> n")
+        def g(x: Tensor) -> Tensor:
+            return x + 2
+
+
+def test_redefinition_from_the_same_place_replaces():
+    define(1)
+    again = define(2)
+    assert again(T).tolist() == [3, 3]
+    assert opkit.get("t::f") is again
+
+
+def test_reloaded_module_replaces_its_op(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = tmp_path / "opkit_reloaded.py"
+    head = "import opkit\nfrom torch import Tensor\n\n@opkit.op('t::f')\n"
+    text = head + "def f(x: Tensor) -> Tensor:\n    return x + 1\n"
+    path.write_text(text)
+    module = importlib.import_module("opkit_reloaded")
+    path.write_text("# moved\n\n" + text.replace("+ 1", "+ 10"))
+    importlib.reload(module)
+    assert module.f(T).tolist() == [11, 11]
+    assert opkit.get("t::f") is module.f
+
+
+def test_compiled_function_notices_a_redefinition():
+    ops = {"f": define(1)}
+    call = torch.compile(lambda x: ops["f"](x), backend="aot_eager", fullgraph=True)
+    assert call(T).tolist() == [2, 2]
+    ops["f"] = define(2)
+    assert call(T).tolist() == [3, 3]
+
+
+def test_redefinition_with_another_schema_replaces_the_schema():
+    def make(second):
+        def f(x, y): ...
+
+        f.__annotations__ = {"x": Tensor, "y": second, "return": Tensor}
+        return opkit.op("t::f")(f)
+
+    make(int)
+    assert str(make(float).overload._schema) == "t::f(Tensor x, float y) -> Tensor"
+
+
+def test_name_that_torch_library_has_taken_is_refused():
+    library = torch.library.Library("t_other", "FRAGMENT")
+    library.define("f(Tensor x) -> Tensor")
+    try:
+        with pytest.raises(
+            opkit.DuplicateOpError, match=r"declaring t_other::f from .*g \(.*torch refused it"
+        ) as caught:
+
+            @opkit.op("t_other::f")
+            def g(x: Tensor) -> Tensor: ...
+
+        assert caught.value.op == "t_other::f"
+        assert opkit.find("t_other::f") is None
+    finally:
+        library._destroy()
+
+
+def test_removed_op_is_gone_from_torch():
+    f = define()
+    _registry.remove("t::f")
+    assert opkit.find("t::f") is None
+    assert not hasattr(torch.ops.t, "f")
+    _registry.remove("t::f")
+    assert define(4)(T).tolist() == [5, 5]
+    assert f is not opkit.get("t::f")
+
+
+def test_addition_waits_for_its_op_and_is_applied_again_on_redefinition():
+    seen = []
+    _registry.when_defined("t::f", seen.append)
+    assert seen == []
+    first = define()
+    second = define()
+    assert seen == [first, second]
+    _registry.when_defined("t::f", seen.append)
+    assert seen == [first, second, second]
+    with pytest.raises(opkit.SchemaError):
+        _registry.when_defined("f", seen.append)
