@@ -7,11 +7,13 @@ and when it may go. Nothing else in opkit uses a name of torch that starts with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # torch/_library/autograd.py uses these three for the Python autograd kernel of custom_op. They go
 # when torch offers "redispatch below autograd" publicly.
@@ -83,7 +85,7 @@ def has_tangent(tensor: Tensor) -> bool:
     return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def constant_while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
+def constant_while_tracing(function: F) -> F:
     """Have Dynamo run `function` as it traces, and take its result for a constant.
 
     `torch.compiler.assume_constant_result` does just this (torch/_dynamo/decorators.py), but imports

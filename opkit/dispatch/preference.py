@@ -65,16 +65,16 @@ def traced() -> str | None:
     inside = _innermost()
     if inside is None and _traced:
         return _traced[-1].encode()
-    return inside  # type: ignore[no-any-return]
+    return inside
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_torch.constant_while_tracing
 def _innermost() -> str | None:
     entered = _traced_inside.get(_torch.tracing())
     return entered[-1] if entered else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_torch.constant_while_tracing
 def _enter_inside(encoded: str) -> bool:
     """Note a context if it is entered in a checkpointed function; return whether it is."""
     if _torch.in_subgraph():
@@ -83,7 +83,7 @@ def _enter_inside(encoded: str) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_torch.constant_while_tracing
 def _leave_inside() -> bool:
     if _torch.in_subgraph():
         _traced_inside[_torch.tracing()].pop()
