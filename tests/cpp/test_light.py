@@ -416,38 +416,45 @@ def test_every_dtype_has_a_number_and_a_name_or_is_known_to_lack_one():
     assert {name.replace("bool", "boolean") for name in _native.dtype_numbers()} == named
 
 
+def syntax_only(source: Path, *folders: Path) -> subprocess.CompletedProcess[str]:
+    """Check a unit against torch's headers."""
+    flags = [f"-I{folder}" for folder in (*folders, Path(torch.__file__).parent / "include", INCLUDE)]
+    command = [
+        *toolchain.find_cxx().command,
+        "-fsyntax-only",
+        "-std=c++20",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
+    return subprocess.run([*command, *flags, str(source)], capture_output=True, text=True)
+
+
+BOTH = """#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <opkit/glue.h>
+"""
+
+
 def test_prototypes_agree_with_torchs_own_headers(tmp_path):
     source = tmp_path / "both.cpp"
-    source.write_text(
-        "#include <torch/csrc/inductor/aoti_torch/c/shim.h>\n"
-        "#include <torch/csrc/stable/c/shim.h>\n"
-        "#include <opkit/glue.h>\n"
-    )
-    include = Path(torch.__file__).parent / "include"
-    run = subprocess.run(
-        [*toolchain.find_cxx().command, "-fsyntax-only", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}",
-         f"-I{INCLUDE}", str(source)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    source.write_text(BOTH)
+    run = syntax_only(source)
     assert run.returncode == 0, run.stderr
 
 
-def test_prototypes_with_another_signature_would_be_noticed(tmp_path):
-    text = (INCLUDE / "opkit" / "glue.h").read_text()
-    folder = tmp_path / "opkit"
+def test_prototype_that_disagrees_would_be_noticed(tmp_path):
+    source, folder = tmp_path / "both.cpp", tmp_path / "opkit"
+    source.write_text(BOTH)
     folder.mkdir()
-    (folder / "glue.h").write_text(text.replace("aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* dim)",
-                                                "aoti_torch_get_dim(AtenTensorHandle tensor, int32_t* dim)"))  # fmt: skip
-    source = tmp_path / "both.cpp"
-    source.write_text("#include <torch/csrc/inductor/aoti_torch/c/shim.h>\n#include <opkit/glue.h>\n")
-    include = Path(torch.__file__).parent / "include"
-    run = subprocess.run(
-        [*toolchain.find_cxx().command, "-fsyntax-only", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-         f"-I{tmp_path}", f"-I{include}", f"-I{INCLUDE}", str(source)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert "aoti_torch_get_dim" in run.stderr
+    text = (INCLUDE / "opkit" / "glue.h").read_text()
+    changed = text.replace(
+        "aoti_torch_get_dim(AtenTensorHandle tensor, int64_t*",
+        "aoti_torch_get_dim(AtenTensorHandle tensor, int*",
+    )
+    assert changed != text
+    (folder / "glue.h").write_text(changed)
+    run = syntax_only(source, tmp_path)
     assert run.returncode != 0
+    assert "aoti_torch_get_dim" in run.stderr
 
 
 def resident() -> int:

@@ -222,10 +222,10 @@ RESULTS = {
     "tuple": (tuple[Tensor, Tensor], "Tensor, Tensor", lambda x: values(x, 2)),
     "tutorial": ((Tensor, Tensor), "Tensor, Tensor", lambda x: values(x, 2)),
     "1-tuple": (tuple[Tensor], "Tensor", lambda x: values(x, 1)),
-    "NamedTuple": (Pair, "Tensor, Tensor", lambda x: Pair(*values(x, 2))),
-    "NamedTuple of one": (One, "Tensor", lambda x: One(x + 0)),
+    "NamedTuple": (Pair, "Tensor low, Tensor high", lambda x: Pair(*values(x, 2))),
+    "NamedTuple of one": (One, "Tensor only", lambda x: One(x + 0)),
     "list": (list[Tensor], "Tensor[]", lambda x: list(values(x, 3))),
-    "NamedTuple with list": (Parts, "Tensor[], Tensor", lambda x: Parts(list(values(x, 2)), x + 5)),
+    "NamedTuple with list": (Parts, "Tensor[] parts, Tensor rest", lambda x: Parts(list(values(x, 2)), x + 5)),
     "None": (None, "", lambda x: None),
 }
 
