@@ -6,6 +6,9 @@ and when it may go. Nothing else in opkit uses a name of torch that starts with 
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,7 +37,25 @@ _STASHED = "opkit"
 
 def stash(value: Any) -> None:
     """Keep `value` for this thread and for the autograd threads that work on its behalf."""
+    if not _stash_takes_a_reference():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
     torch._C._stash_obj_in_tls(_STASHED, value)
+
+
+@functools.cache
+def _stash_takes_a_reference() -> bool:
+    """Whether torch counts its reference to a stashed object.
+
+    torch 2.11 does not, and gives one back all the same when the object is replaced, which frees it twice
+    (torch/csrc/autograd/init.cpp; right in 2.13). Drop this with support for torch before 2.13.
+    """
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(_STASHED, probe)
+    if sys.getrefcount(probe) > before:
+        return True
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return False
 
 
 def stashed() -> Any:

@@ -478,6 +478,7 @@ def test_calls_do_not_leak():
         "cpu", kernel("void g(Span<Tensor>, Span<Tensor>, Optional<Span<Tensor>>, StringView, Tensor) {}")
     )
     x = T(1024)
+    many = [x, None] * 100  # 100 optionals on the heap in each call
 
     def work(count):
         for _ in range(count):
@@ -485,11 +486,11 @@ def test_calls_do_not_leak():
             with pytest.raises(RuntimeError, match="t::f: no"):
                 f(x, x, 2, "some text that is longer than what a string holds inline", [1])
             for _ in range(3):
-                g([x, x], [x, None], [x], "some text that is longer than what a string holds inline")
+                g([x, x], many, [x], "some text that is longer than what a string holds inline")
 
     work(200)
     before = resident()
-    work(4000)  # 20,000 calls; one leaked tensor of 4 KiB in each would be 80 MiB
+    work(4000)  # 20,000 calls; a tensor lost in each would be 80 MiB, the optionals 38 MiB
     assert resident() - before < 16 * 2**20
 
 
@@ -527,3 +528,47 @@ def test_build_of_an_unknown_backend_lists_the_native_ones():
         opkit.BackendError, match="no native kernel has the backend 'cp'; .*: cpp. Did you mean 'cpp'"
     ):
         f.build("cp")
+
+
+# ---------------------------------------------------------------- loading
+
+
+def schema_of_a_scale():
+    @opkit.op("t::scale", shapes="n -> n")
+    def scale(x: Tensor) -> Tensor: ...
+
+    return scale.schema
+
+
+def test_library_that_does_not_load_says_what_to_remove(tmp_path):
+    library = tmp_path / "broken.so"
+    library.write_bytes(b"no library")
+    with pytest.raises(
+        opkit.BuildError, match=rf"loading the kernel of t::scale from {library}: .*Remove the folder"
+    ):
+        _native.register(library, schema_of_a_scale(), "cpu", with_outputs=False)
+
+
+def test_undefined_function_is_named_as_in_the_source():
+    @opkit.op("t::scale", shapes="n -> n")
+    def scale(x: Tensor) -> Tensor: ...
+
+    scale.register_kernel("cpu", kernel("void helper(int); void scale(Tensor x, Tensor y) { helper(3); }"))
+    with pytest.raises(opkit.BuildError, match=r"Define helper\(int\) in the source, or name the library"):
+        scale(T(1))
+
+
+def test_device_that_the_shim_refuses_is_named(monkeypatch):
+    schema = schema_of_a_scale()
+    library = kernel("void scale(Tensor x, Tensor y) {}").build(
+        schema, opkit.get("t::scale")._runner.plan, "cpp"
+    )
+    monkeypatch.setattr(_native._torch, "dispatch_key", lambda device: "NoSuchKey")
+    with pytest.raises(opkit.BuildError, match=r"torch refused it for the device xpu\. Expected"):
+        _native.register(library, schema, "xpu", with_outputs=False)
+
+
+def test_torch_with_other_dtype_numbers_is_refused(monkeypatch):
+    monkeypatch.setattr(_native, "dtype_numbers", lambda: {"float32": 99})
+    with pytest.raises(opkit.BuildError, match="has another number for float32 than opkit/kernel.h"):
+        _native._shim.__wrapped__()
