@@ -78,7 +78,7 @@ class Op(Generic[P, R]):
         if torch.compiler.is_dynamo_compiling():
             wanted = preference.traced()
             if wanted is not None:
-                _ensure_variant(self)
+                _ensure_variant(self.name)
                 return self._packed(self._variant(*args, **kwargs, opkit_backend=wanted))
         return self._packed(self.overload(*args, **kwargs))
 
@@ -495,8 +495,12 @@ def _to_meta(value: Any) -> Any:
 
 
 @_torch.constant_while_tracing
-def _ensure_variant(made: Op[..., Any]) -> bool:
-    """Define the overload that takes its preferred backends as an argument; Dynamo runs this as it traces."""
+def _ensure_variant(name: str) -> bool:
+    """Define the overload that takes its preferred backends as an argument; Dynamo runs this as it traces.
+
+    It takes the name, as torch 2.11 passes only constants to such a function.
+    """
+    made = _registry.get(name)
     if made._variant is None:
         made._variant = made._define("opkit_using")
     return True

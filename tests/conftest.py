@@ -35,7 +35,9 @@ def clean_environment(monkeypatch, session_cache):
 @pytest.fixture
 def registry():
     """Ops that the test defines are removed after it, and what was said once may be said again."""
-    importlib.import_module("opkit_kernels")  # a test that looks ops up would load them, as if it defined them
+    importlib.import_module(
+        "opkit_kernels"
+    )  # a test that looks ops up would load them, as if it defined them
     before, additions = set(_registry._ops), {name: list(a) for name, a in _registry._additions.items()}
     select._warned.clear()
     yield _registry

@@ -225,7 +225,11 @@ RESULTS = {
     "NamedTuple": (Pair, "Tensor low, Tensor high", lambda x: Pair(*values(x, 2))),
     "NamedTuple of one": (One, "Tensor only", lambda x: One(x + 0)),
     "list": (list[Tensor], "Tensor[]", lambda x: list(values(x, 3))),
-    "NamedTuple with list": (Parts, "Tensor[] parts, Tensor rest", lambda x: Parts(list(values(x, 2)), x + 5)),
+    "NamedTuple with list": (
+        Parts,
+        "Tensor[] parts, Tensor rest",
+        lambda x: Parts(list(values(x, 2)), x + 5),
+    ),
     "None": (None, "", lambda x: None),
 }
 
