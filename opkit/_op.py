@@ -7,13 +7,14 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
 
 from opkit import _registry, _torch
 from opkit.cpp.light import Source
 from opkit.dispatch import preference, select, table
+from opkit.dispatch.meta import Meta
 from opkit.dispatch.run import Runner
 from opkit.dispatch.select import Candidate, Explanation
 from opkit.errors import BackendError, DuplicateOpError, RegistrationError, SchemaError, did_you_mean
@@ -61,11 +62,10 @@ class Op(Generic[P, R]):
         self.name = schema.name
         self.schema = schema
         self.reference = reference
-        self._plan = plan
-        self._meta: Callable[..., Any] | None = None
         self._formula: Formula = NoFormula(schema)
         self._table = table.KernelTable(schema, reference)
-        self._runner = Runner(self._table, plan, self._meta_of_native)
+        self._meta = Meta(schema, plan)
+        self._runner = Runner(self._table, self._meta)
         self._named = schema.container if schema.container is not tuple else None
         self._alone = schema.container is not None and len(schema.results) == 1
         self._variant: Any = None
@@ -123,8 +123,8 @@ class Op(Generic[P, R]):
             torch.Size([])
         """
         schemas.check_signature(self.schema, function, "a meta function")
-        self._meta = function
-        self._runner.without_plan()
+        self._meta.replace(function)
+        self._runner.forget()
         return function
 
     register_meta = register_fake
@@ -267,7 +267,7 @@ class Op(Generic[P, R]):
                 "setup_context with the function form only", "Name the values in saves=",
             )  # fmt: skip
         if isinstance(backward, Op):
-            self._formula = OpFormula(self.schema, self._plan, backward, saves, non_differentiable)
+            self._formula = OpFormula(self.schema, self._meta.plan, backward, saves, non_differentiable)
         elif backward is from_reference:
             self._formula = ReferenceFormula(self.schema, self.reference, non_differentiable)
         elif callable(backward):
@@ -332,7 +332,7 @@ class Op(Generic[P, R]):
                     op=self.name,
                 )
         return [
-            kernel.function.build(self.schema, self._runner.plan, kernel.backend)
+            kernel.function.build(self.schema, self._runner.native_plan, kernel.backend)
             for kernel in found
             if isinstance(kernel.function, Source) and (not backends or kernel.backend in backends)
         ]
@@ -356,7 +356,7 @@ class Op(Generic[P, R]):
         target = getattr(packet, variant or "default")
 
         run = self._runner.preferring if variant else self._runner
-        _torch.register_meta(self._library, name, self._run_meta, describe(self.reference))
+        _torch.register_meta(self._library, name, self._trace, describe(self.reference))
         implement = self._library.impl
         implement(name, run, "CompositeExplicitAutograd")
         kernel = gradient.autograd_kernel(schema, target, run, lambda: self._formula, variant=bool(variant))
@@ -368,27 +368,8 @@ class Op(Generic[P, R]):
     def _destroy(self) -> None:
         _torch.destroy(self._library)
 
-    def _run_meta(self, /, *args: Any, opkit_backend: str | None = None, **kwargs: Any) -> Any:
-        schema = self.schema
-        values = schema.fill(args, kwargs)
-        if self._meta is not None:
-            args, kwargs = schema.split(values)
-            return schema.raw(schema.flatten(self._meta(*args, **kwargs)))
-        if not schema.results:
-            return None
-        if self._plan is None:
-            raise RegistrationError(
-                f"tracing {self.name}: nothing says the shapes of its outputs; expected a shape line or a meta "
-                "function. Declare it with shapes=, or register one with register_fake.",
-                op=self.name,
-            )
-        metas, device = self._plan.infer(*values)
-        return schema.raw([torch.empty(m.shape, dtype=m.dtype, device=device) for m in metas])
-
-    def _meta_of_native(self, *values: Any) -> Any:
-        """Return the outputs' metadata as tensors on the meta device."""
-        args, kwargs = self.schema.split([_to_meta(v) for v in values])
-        return self._run_meta(*args, **kwargs)
+    def _trace(self, /, *args: Any, opkit_backend: str | None = None, **kwargs: Any) -> Any:
+        return self._meta.trace(self.schema.fill(args, kwargs))
 
     # ---------------------------------------------------------------- checking registrations
 
@@ -470,10 +451,12 @@ def declaring(
         plan = None
         if shapes is not None:
             plan = plans.bind(shape_lines.parse(shapes, op=name), schema, shapes)
-        _registry.make_room(name, function)
-        made = Op(schema, function, plan=plan, tags=tags)
+        # A redefinition makes the same object anew, so that whoever holds the op has the new one.
+        made: Any = _registry.make_room(name, function) or Op.__new__(Op)
+        made.__dict__.clear()
+        Op.__init__(made, schema, function, plan=plan, tags=tags)
         _registry.add(made)
-        return made
+        return cast("Op[P, R]", made)
 
     return decorate
 
@@ -482,16 +465,6 @@ def _restore(module: str, name: str) -> Op[..., Any]:
     """Return an op in another process: import the module that defines it, then look it up."""
     importlib.import_module(module)
     return _registry.get(name)
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    if isinstance(value, torch.device):
-        return torch.device("meta")
-    if isinstance(value, (list, tuple)):
-        return [_to_meta(v) for v in value]
-    return value
 
 
 @_torch.constant_while_tracing

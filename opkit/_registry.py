@@ -89,15 +89,15 @@ def when_defined(name: str, addition: Callable[[Op[..., Any]], object]) -> None:
         addition(op)
 
 
-def make_room(name: str, function: Callable[..., Any]) -> None:
-    """Remove the op that `function` redefines, which it may if both come from the same place.
+def make_room(name: str, function: Callable[..., Any]) -> Op[..., Any] | None:
+    """Remove and return the op that `function` redefines, which it may if both come from the same place.
 
     Raises:
         DuplicateOpError: `name` is defined by another function.
     """
     old = _ops.get(name)
     if old is None:
-        return
+        return None
     if not _same_place(old.reference, function):
         raise DuplicateOpError(
             f"declaring {name}: found two definitions, {describe(old.reference)} and {describe(function)}; "
@@ -105,6 +105,7 @@ def make_room(name: str, function: Callable[..., Any]) -> None:
             op=name,
         )
     remove(name)
+    return old
 
 
 def _same_place(old: Callable[..., Any], new: Callable[..., Any]) -> bool:

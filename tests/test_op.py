@@ -72,9 +72,7 @@ def test_wrong_call_raises_type_error(op):
             call()
 
 
-@pytest.mark.parametrize(
-    "name", ["self", "encoded", "opkit_backend", "args", "kwargs", "values", "call", "ctx"]
-)
+@pytest.mark.parametrize("name", ["self", "keyset", "args", "kwargs", "values", "call", "ctx"])
 def test_argument_may_have_any_name(name):
     scope: dict = {}
     exec(f"def f({name}, k=1): return {name} * k", scope)
@@ -86,6 +84,18 @@ def test_argument_may_have_any_name(name):
     assert op.explain(**{name: x}).selected == "reference"
     op(x).sum().backward()
     assert x.grad.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("signature", "name"),
+    [("_x", "_x"), ("opkit_backend", "opkit_backend"), ("*, self", "self"), ("*, keyset", "keyset")],
+)
+def test_argument_name_that_is_taken_is_refused(signature, name):
+    scope: dict = {}
+    exec(f"def f({signature}): return {name}", scope)
+    scope["f"].__annotations__ = {name: Tensor, "return": Tensor}
+    with pytest.raises(opkit.SchemaError, match=f"parameter '{name}' has a name that .* needs.*Rename it"):
+        opkit.op("t::f")(scope["f"])
 
 
 # ---------------------------------------------------------------- copies

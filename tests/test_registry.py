@@ -112,6 +112,21 @@ def test_compiled_function_notices_a_redefinition():
     assert call(T).tolist() == [3, 3]
 
 
+def test_redefinition_reaches_whoever_holds_the_op():
+    def define(k):
+        @opkit.op("t::held", shapes="*b -> *b")
+        def held(x: Tensor) -> Tensor:
+            return x + k
+
+        return held
+
+    old = define(1)
+    assert old(torch.zeros(1)).item() == 1
+    new = define(2)
+    assert old is new is opkit.get("t::held")
+    assert old(torch.zeros(1)).item() == 2
+
+
 def test_redefinition_with_another_schema_replaces_the_schema():
     def make(second):
         def f(x, y): ...

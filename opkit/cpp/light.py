@@ -19,7 +19,7 @@ from opkit.cpp._glue import signature, unit_source
 from opkit.cpp._native import register
 from opkit.cpp.compile import shared_library
 from opkit.errors import BuildError
-from opkit.spec.plan import Plan
+from opkit.spec.plan import OutputMeta, Plan
 from opkit.spec.schema import Schema
 
 _SUFFIXES = (".cpp", ".cc", ".cxx", ".c", ".cu")
@@ -87,19 +87,28 @@ class Source:
             raise
 
     def bind(
-        self, schema: Schema, plan: Plan | None, device: str, meta: Callable[..., Any], backend: str
+        self,
+        schema: Schema,
+        plan: Plan | None,
+        device: str,
+        metas: Callable[[Sequence[Any]], tuple[Sequence[OutputMeta], torch.device | None]],
+        backend: str,
     ) -> Callable[..., Any]:
-        """Return the built kernel as a function of all arguments; `meta` gives outputs without a plan."""
+        """Return the built kernel as a function of all arguments; `metas` describes outputs without a plan."""
         call = register(self.build(schema, plan, backend), schema, device, with_outputs=plan is None)
         if plan is not None or not schema.results:
             return call
 
-        def with_meta(*values: Any) -> Any:
-            outputs = _allocate_like(meta(*values), values)
+        def with_metas(*values: Any) -> Any:
+            described, common = metas(values)
+            outputs = [
+                torch.empty_strided(m.shape, m.stride or (), dtype=m.dtype, device=m.device or common)
+                for m in described
+            ]
             call(*values, *outputs)
             return schema.raw(outputs)
 
-        return with_meta
+        return with_metas
 
 
 def kernel(
@@ -168,12 +177,3 @@ def kernel(
     return Source(
         path, None, symbol, path.suffix == ".cu" if cuda is None else cuda, str(path), str(path), *flags
     )
-
-
-def _allocate_like(outputs: Any, values: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    """Return fresh tensors with the metadata of `outputs`, on the device of the first tensor, or the device given."""
-    flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
-    given = [v for v in flat if isinstance(v, torch.device)]
-    device = next((v.device for v in flat if isinstance(v, torch.Tensor)), given[0] if given else None)
-    made = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    return tuple(torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=device) for o in made)

@@ -23,17 +23,17 @@ def conform(
     backend: str,
     values: Sequence[Any],
     returned: Any,
-    metas: Sequence[OutputMeta] | None,
+    metas: Sequence[Any] | None,
     device: torch.device | None,
 ) -> Any:
-    """Return the outputs in the form torch expects; `metas` is None where a meta function was registered.
+    """Return the outputs in the form torch expects; `metas` is None where nothing is known of them.
 
     Raises:
         OutputError: a count, type, shape, dtype or device differs from the declaration, or an
             output shares storage with an input or another output.
     """
-    if metas is not None and len(metas) == 1 and isinstance(returned, Tensor):
-        shape, dtype = metas[0]  # one tensor that fits: the case to be quick in
+    if metas is not None and len(metas) == 1 and isinstance(returned, Tensor) and metas[0][2:] == _DERIVED:
+        shape, dtype, _, _ = metas[0]  # one tensor that fits: the case to be quick in
         fits = returned.shape == shape and returned.dtype == dtype and returned.device == device
         if fits and returned.is_contiguous() and not (returned.is_conj() or returned.is_neg()):
             _refuse_alias(schema, backend, 0, returned, values, ())
@@ -44,25 +44,45 @@ def conform(
         raise _error(schema, backend, f"returned {found}", f"{len(schema.results) or 'none'}", "Return")
     before: list[Tensor] = []
     for index, (result, output) in enumerate(zip(schema.results, outputs, strict=True)):
-        if result.type.is_list:
-            if not isinstance(output, (list, tuple)) or not all(isinstance(o, Tensor) for o in output):
-                raise _type_error(schema, backend, result.name, output, "a list of tensors")
-            for one in output:
-                _refuse_alias(schema, backend, index, one, values, before)
-                before.append(one)
-            outputs[index] = list(output)
-            continue
-        if not isinstance(output, Tensor):
+        many = result.type.is_list
+        if many and not (isinstance(output, (list, tuple)) and all(isinstance(o, Tensor) for o in output)):
+            raise _type_error(schema, backend, result.name, output, "a list of tensors")
+        if not many and not isinstance(output, Tensor):
             raise _type_error(schema, backend, result.name, output, "a Tensor")
-        _refuse_alias(schema, backend, index, output, values, before)
-        before.append(output)
+        tensors = output if many else [output]
+        for one in tensors:
+            _refuse_alias(schema, backend, index, one, values, before)
+            before.append(one)
         if metas is not None:
-            shape, dtype = metas[index]
-            if output.shape != shape or output.dtype != dtype or not _same(output.device, device):
-                raise _meta_error(schema, backend, result.name, output, metas[index], device)
-            if not output.is_contiguous() or output.is_conj() or output.is_neg():
-                outputs[index] = output.contiguous().resolve_conj().resolve_neg()
+            wanted = metas[index] if many else [metas[index]]
+            if len(wanted) != len(tensors):
+                found = f"returned {len(tensors)} tensors as {result.name}"
+                raise _error(schema, backend, found, f"{len(wanted)} by its meta function", "Return")
+            tensors = [
+                _fit(schema, backend, result.name, o, m, device) for o, m in zip(tensors, wanted, strict=True)
+            ]
+        outputs[index] = list(tensors) if many else tensors[0]
     return schema.raw(outputs)
+
+
+_DERIVED = (None, None)  # stride and device of an output that the shape line describes
+
+
+def _fit(
+    schema: Schema, backend: str, name: str, output: Tensor, meta: OutputMeta, device: torch.device | None
+) -> Tensor:
+    """Return an output in the layout it must have, or raise."""
+    device = meta.device or device
+    if output.shape != meta.shape or output.dtype != meta.dtype or not _same(output.device, device):
+        raise _meta_error(schema, backend, name, output, meta, device)
+    if output.is_conj() or output.is_neg():
+        output = output.resolve_conj().resolve_neg()
+    if meta.stride is None:
+        return output.contiguous()
+    strides = zip(meta.shape, output.stride(), meta.stride, strict=True)
+    if all(found == wanted for size, found, wanted in strides if size > 1):
+        return output
+    return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=output.device).copy_(output)
 
 
 def _same(found: torch.device, declared: torch.device | None) -> bool:
@@ -119,8 +139,8 @@ def _meta_error(
         schema,
         backend,
         f"returned {name} with the {field} {found}",
-        f"{expected} by the shape line",
-        "Change the kernel or the shape line, so that it returns",
+        f"{expected} by the {'shape line' if meta[2:] == _DERIVED else 'meta function'}",
+        "Change one of them, so that the kernel returns",
     )
 
 

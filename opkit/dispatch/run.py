@@ -5,42 +5,51 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from opkit.cpp.light import Source
 from opkit.dispatch import outputs, preference, select
+from opkit.dispatch.meta import Meta
 from opkit.dispatch.table import Kernel, KernelTable
-from opkit.errors import BuildError
 from opkit.spec.plan import Plan
 
 
 class Runner:
     """The kernel that torch's dispatcher sees on every device of one op."""
 
-    def __init__(self, table: KernelTable, plan: Plan | None, meta: Callable[..., Any]) -> None:
+    def __init__(self, table: KernelTable, meta: Meta) -> None:
         self.table = table
         self.schema = table.schema
-        self.plan = plan
         self.meta = meta
         self._count = len(table.schema.params)
         self._built: dict[Kernel, Callable[..., Any]] = {}
+
+    @property
+    def native_plan(self) -> Plan | None:
+        """The shape line, where native glue allocates the outputs by it."""
+        return self.meta.plan if self.meta.function is None else None
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         values = args if len(args) == self._count and not kwargs else self.schema.fill(args, kwargs)
         kernel = select.choose(self.table, values)
         if isinstance(kernel.function, Source):
             return self._native(kernel, values)
-        metas = device = None
-        if self.plan is not None:
-            metas, device = self.plan.infer(*values)
-        if self.schema.keyword_only:
-            args, kwargs = self.schema.split(values)
-            returned = kernel.function(*args, **kwargs)
+        metas, device = self.meta.expect(values)
+        if device is not None and torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):  # the declared dtypes hold there too
+                returned = self._python(kernel.function, values)
         else:
-            returned = kernel.function(*values)
+            returned = self._python(kernel.function, values)
         return outputs.conform(self.schema, kernel.backend, values, returned, metas, device)
 
-    def without_plan(self) -> None:
-        """Let the meta function alone say what outputs are, where one was registered."""
-        self.plan = None
+    def _python(self, function: Callable[..., Any], values: tuple[Any, ...]) -> Any:
+        if not self.schema.keyword_only:
+            return function(*values)
+        args, kwargs = self.schema.split(values)
+        return function(*args, **kwargs)
+
+    def forget(self) -> None:
+        """Bind native kernels anew, as the outputs' metadata comes from somewhere else now."""
         self._built.clear()
 
     def preferring(self, /, *args: Any, opkit_backend: str, **kwargs: Any) -> Any:
@@ -53,13 +62,19 @@ class Runner:
         call = self._built.get(kernel)
         if call is None:
             assert isinstance(kernel.function, Source)
-            if self.plan is not None:
-                self.plan.infer(*values)  # wrong arguments are reported without a build
-            call = kernel.function.bind(self.schema, self.plan, kernel.device, self.meta, kernel.backend)
+            plan = self.native_plan
+            if self.meta.plan is not None:
+                self.meta.plan.infer(*values)  # wrong arguments are reported without a build
+            call = kernel.function.bind(
+                self.schema, plan, kernel.device, self.meta.of_registered, kernel.backend
+            )
             self._built[kernel] = call
+        plan = self.meta.plan
+        if plan is not None and self.meta.function is not None:
+            plan.infer(*values)  # the glue has no shape line to check them by
         try:
             return call(*values)
-        except RuntimeError as error:
-            if self.plan is not None and not isinstance(error, BuildError):
-                self.plan.infer(*values)  # where the arguments do not fit, this error names dimensions
+        except RuntimeError:
+            if plan is not None:
+                plan.infer(*values)  # where the arguments do not fit, this error names dimensions
             raise

@@ -49,10 +49,12 @@ class Tensors:
 
 
 class OutputMeta(NamedTuple):
-    """What one output must be; it is contiguous."""
+    """What one output must be: contiguous without a stride, on the call's device without a device."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stride: tuple[int, ...] | None = None
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)

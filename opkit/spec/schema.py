@@ -32,6 +32,7 @@ _BASES: dict[Any, str] = {
     torch.dtype: "ScalarType",
     torch.device: "Device",
 }
+_RESERVED = ("opkit_backend", "keyset", "self")  # the last two are taken for keyword-only ones
 _LISTS = (list, collections.abc.Sequence)
 _ACCEPTED = (
     "Tensor, int, float, bool, str, torch.dtype, torch.device, Optional[...] of these, and list[...] of these"
@@ -275,6 +276,13 @@ def _param(
         raise SchemaError(
             f"{where}: parameter {parameter} takes any number of values, an op has a fixed signature. "
             f"Name the arguments, or use {name}: list[Tensor].",
+            op=op,
+        )
+    reserved = _RESERVED if parameter.kind is parameter.KEYWORD_ONLY else _RESERVED[:1]
+    if name.startswith("_") or name in reserved:
+        raise SchemaError(
+            f"{where}: parameter {name!r} has a name that opkit or torch needs; expected one that does not start "
+            f"with an underscore and is not {' or '.join(reserved)}. Rename it.",
             op=op,
         )
     if name not in hints:

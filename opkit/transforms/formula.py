@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opkit.errors import GradientError, RegistrationError
 from opkit.spec.plan import Plan, Tensors
@@ -144,6 +145,7 @@ class ReferenceFormula:
         self.schema = schema
         self.reference = reference
         self.non_differentiable = frozenset(non_differentiable)
+        self._known_to_repeat = False
 
     def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         save_values(ctx, values)
@@ -167,7 +169,7 @@ class ReferenceFormula:
                 else:
                     values.append(leaf(value, bool(needed)))
             args, kwargs = self.schema.split(values)
-            outputs = self.schema.flatten(self.reference(*args, **kwargs))
+            outputs = self.schema.flatten(self._run(args, kwargs))
             pairs: list[tuple[Any, Any]] = []
             for result, output, grad in zip(self.schema.results, outputs, grads, strict=True):
                 if result.name in self.non_differentiable:
@@ -193,6 +195,32 @@ class ReferenceFormula:
             else:
                 result_grads.append(next(found) if needed else None)
         return result_grads
+
+    def _run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if self._known_to_repeat:
+            return self.reference(*args, **kwargs)
+        with _RefuseRandom(self.schema.name):  # once: it makes every operation slower
+            result = self.reference(*args, **kwargs)
+        self._known_to_repeat = True
+        return result
+
+
+class _RefuseRandom(TorchDispatchMode):
+    """Raise where the code inside draws random numbers."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise GradientError(
+                f"differentiating {self.op} by its reference: the reference draws random numbers ({func}), and in "
+                "backward it would draw others than in forward. Pass the numbers as an argument, or write the "
+                "formula with register_autograd.",
+                op=self.op,
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class NoFormula:

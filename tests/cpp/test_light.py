@@ -360,8 +360,8 @@ def expressions():
     f.__annotations__["return"] = tuple[Tensor, Tensor, Tensor]
     op = opkit.op("t::expressions", shapes=LINE)(f)
     source = kernel("void expressions(Tensor, Tensor, Tensor, Tensor, int64_t, Tensor, Tensor, Tensor) {}")
-    call = source.bind(op.schema, op._runner.plan, "cpu", None, "cpp")
-    yield op._runner.plan, call
+    call = source.bind(op.schema, op._runner.native_plan, "cpu", None, "cpp")
+    yield op._runner.native_plan, call
     opkit._registry.remove("t::expressions")
 
 
@@ -561,7 +561,7 @@ def test_undefined_function_is_named_as_in_the_source():
 def test_device_that_the_shim_refuses_is_named(monkeypatch):
     schema = schema_of_a_scale()
     library = kernel("void scale(Tensor x, Tensor y) {}").build(
-        schema, opkit.get("t::scale")._runner.plan, "cpp"
+        schema, opkit.get("t::scale")._runner.native_plan, "cpp"
     )
     monkeypatch.setattr(_native._torch, "dispatch_key", lambda device: "NoSuchKey")
     with pytest.raises(opkit.BuildError, match=r"torch refused it for the device xpu\. Expected"):

@@ -432,3 +432,18 @@ def test_from_reference_is_refused_for_an_op_that_mutates():
 
 def test_from_reference_prints_its_name():
     assert repr(opkit.from_reference) == "from_reference"
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_from_reference_refuses_a_reference_that_draws_random_numbers(compiled):
+    @opkit.op("t::noisy", shapes="*b -> *b")
+    def noisy(x: Tensor) -> Tensor:
+        return x * torch.rand_like(x)
+
+    noisy.register_autograd(opkit.from_reference)
+    x = torch.ones(3, requires_grad=True)
+    f = torch.compile(noisy, fullgraph=True, backend="aot_eager") if compiled else noisy
+    with pytest.raises(
+        Exception, match=r"t::noisy by its reference: .*random numbers \(aten.rand_like.default\)"
+    ):
+        f(x).sum().backward()
