@@ -1,6 +1,6 @@
 """What opkit uses of torch's private build machinery, and nothing else.
 
-Read in torch 2.11, 2.13 and main (2.15): torch/utils/cpp_extension.py. Keyword arguments are
+Stands on torch/utils/cpp_extension.py of torch 2.13, and runs on 2.11 and 2.15. Keyword arguments are
 filtered by each function's signature, because `with_sycl` and `extra_sycl_cflags` came in 2.7 and
 what follows them is not announced. Drop this module when torch has a public function that
 writes a build file without building.

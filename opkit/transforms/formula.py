@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from opkit import _torch
 from opkit.errors import GradientError, RegistrationError
 from opkit.spec.plan import Plan, Tensors
 from opkit.spec.schema import REQUIRED, Param, Schema
@@ -205,7 +205,7 @@ class ReferenceFormula:
         return result
 
 
-class _RefuseRandom(TorchDispatchMode):
+class _RefuseRandom(_torch.TorchDispatchMode):
     """Raise where the code inside draws random numbers."""
 
     def __init__(self, op: str) -> None:
