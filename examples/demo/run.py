@@ -109,7 +109,7 @@ def train(run: Run) -> dict[str, Any]:
         said = errors.read()
     for line in said.splitlines():
         if line.startswith("opkit:"):
-            console.print(f"   {line}", style="dim")
+            console.print(f"   {line}", style="dim", markup=False)
     if process.returncode or result is None:
         sys.exit(f"demo: {' '.join(command)} failed:\n{said}")
     return result

@@ -172,7 +172,7 @@ class Job:
             if "CC" not in os.environ and not names_host_compiler(words):
                 cuda_cflags = ["-ccbin", shlex.quote(str(self.cxx.path)), *cuda_cflags]
             cuda_cflags = [*_CFLAGS, "--compiler-options", place, *cuda_cflags]
-            ldflags += self._stub_flags()
+            ldflags += self._cuda_link_flags()
         _torch_build.write_build_file(
             folder,
             name=self.name,
@@ -185,15 +185,18 @@ class Job:
             cuda_home=toolchain.cuda_home(self.nvcc) if self.nvcc else None,
         )
 
-    def _stub_flags(self) -> list[str]:
-        """Return flags to link for CUDA where this torch was built without it."""
+    def _cuda_link_flags(self) -> list[str]:
+        """Return flags that find CUDA's runtime, and torch's CUDA libraries also where torch has none."""
         import torch
 
+        # torch looks in $CUDA_HOME/lib64 alone, where a toolkit of a distribution has nothing.
+        folders = toolchain.cuda_library_folders(self.nvcc) if self.nvcc else []
+        flags = [f"-L{shlex.quote(str(folder))}" for folder in folders]
         if (Path(torch.__file__).parent / "lib" / "libtorch_cuda.so").exists():
-            return []
+            return flags
         stubs = stub_libraries(self.cxx, ("libc10_cuda.so", "libtorch_cuda.so"))
         # The stubs define nothing, so a linker that keeps only what is used would not name them.
-        return [f"-L{shlex.quote(str(stubs))}", "-Wl,--no-as-needed"]
+        return [*flags, f"-L{shlex.quote(str(stubs))}", "-Wl,--no-as-needed"]
 
     def _run_ninja(self, ninja: Sequence[str], folder: Path) -> tuple[int, str]:
         process = subprocess.Popen(
