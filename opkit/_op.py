@@ -67,6 +67,9 @@ class Op(Generic[P, R]):
         self._meta = Meta(schema, plan)
         self._runner = Runner(self._table, self._meta)
         self._named = schema.container if schema.container is not tuple else None
+        self._bare = schema.container in (None, tuple) and (
+            schema.container is None or len(schema.results) > 1
+        )
         self._alone = schema.container is not None and len(schema.results) == 1
         self._variant: Any = None
         functools.update_wrapper(self, reference)
@@ -80,7 +83,8 @@ class Op(Generic[P, R]):
             if wanted is not None:
                 _ensure_variant(self.name)
                 return self._packed(self._variant(*args, **kwargs, opkit_backend=wanted))
-        return self._packed(self.overload(*args, **kwargs))
+        result = self.overload(*args, **kwargs)
+        return result if self._bare else self._packed(result)
 
     def _packed(self, result: Any) -> R:
         if self._alone:

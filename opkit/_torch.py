@@ -119,14 +119,32 @@ def constant_while_tracing(function: F) -> F:
     return function
 
 
-def plain_devices(overload: Any) -> tuple[Any, ...]:
-    """Return the device keys on which nobody but opkit has a kernel for `overload`.
+class Straight:
+    """Whether calls of an overload may go straight to opkit's kernel, without another trip through dispatch.
 
-    Where one of them is the highest key of a call, the call can go straight to opkit's own kernel.
+    They may where nothing but a device is left below autograd, and nobody else has a kernel on that device:
+    the dispatcher is asked once per kind of call, and torch's list of later registrations from Python every time.
     """
-    keys = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return tuple(key for key in keys if not has(overload.name(), key))
+
+    def __init__(self, overload: Any) -> None:
+        name = overload.name()
+        devices = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        self._devices = [key for key in devices if not has(name, key)]
+        self._known: dict[int, bool] = {}
+        # torch/library.py notes every Library.impl there, as namespace/op/key.
+        qualified = name.replace("::", "/")
+        self._impls = torch.library._impls
+        self._cpu, self._cuda = f"{qualified}/CPU", f"{qualified}/CUDA"
+
+    def __call__(self, keyset: Any) -> bool:
+        """Return the answer for a call with the dispatch keys `keyset`."""
+        kind = keyset.raw_repr()
+        known = self._known.get(kind)
+        if known is None:
+            rest = keyset & after_inplace_or_view
+            known = self._known[kind] = rest.highestPriorityTypeId() in self._devices
+        return known and self._cpu not in self._impls and self._cuda not in self._impls
 
 
 def dispatch_key(device: str) -> str:

@@ -6,7 +6,7 @@ It never goes through `torch.library.register_autograd`, which refuses keyword-o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from opkit.spec.schema import Schema
 from opkit.transforms.formula import Formula, NoFormula
 
 _FIXED = 2  # leading arguments of Function.apply that are not the op's
+_NOTHING = (None,) * _FIXED  # their gradients
 
 
 def autograd_kernel(
@@ -38,39 +39,40 @@ def autograd_kernel(
     mutates = any(p.mutated for p in schema.params)
     # A mutating op has a kernel of its own on ADInplaceOrView, for the others the key means nothing.
     mask = _torch.after_autograd if mutates else _torch.after_inplace_or_view
-    straight = () if mutates else _torch.plain_devices(overload)
+    straight = _torch.Straight(overload)
     flat_call = _Call([None] * len(schema.params), [None] * len(schema.results))
 
     def below(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        rest = keyset & mask
         with _torch.below_autograd():
-            if rest.highestPriorityTypeId() in straight:
+            if not mutates and straight(keyset):
                 return run(*args, **kwargs)
-            return overload.redispatch(rest, *args, **kwargs)
+            return overload.redispatch(keyset & mask, *args, **kwargs)
 
     def forward(ctx: Any, keyset: Any, call: _Call, *flat: Any) -> Any:
         values = _unflatten(flat, call.lengths) if nested else flat
-        args, kwargs = schema.split(values)
-        outputs = schema.flatten(below(keyset, args, {**kwargs, **call.extra}))
+        if schema.keyword_only:
+            args, kwargs = schema.split(values)
+            outputs = schema.flatten(below(keyset, args, {**kwargs, **call.extra}))
+        else:
+            outputs = schema.flatten(below(keyset, values, call.extra))
         rule = formula()
         rule.save(ctx, tuple(values), outputs)
         ctx.opkit_call, ctx.opkit_formula = call, rule
         if nested:
             call.outputs = [len(o) if isinstance(o, (list, tuple)) else None for o in outputs]
-        constant = [t for t in _without_gradient(schema, outputs, rule) if isinstance(t, Tensor)]
+        constant = _without_gradient(schema, outputs, rule)
         if constant:
             ctx.mark_non_differentiable(*constant)
         return tuple(_flatten(outputs, call.outputs)) if nested else outputs
 
     def backward(ctx: Any, *flat: Any) -> Any:
         call: _Call = ctx.opkit_call
-        needs = ctx.needs_input_grad
-        try:
-            ctx.needs_input_grad = tuple(_unflatten(needs[_FIXED:], call.lengths))
-            found = ctx.opkit_formula.gradients(ctx, tuple(_unflatten(flat, call.outputs)))
-        finally:
-            ctx.needs_input_grad = needs
-        return (None,) * _FIXED + tuple(_laid_flat(schema, found, call.lengths) if nested else found)
+        needs, grads = ctx.needs_input_grad[_FIXED:], flat
+        if nested:
+            needs, grads = tuple(_unflatten(needs, call.lengths)), tuple(_unflatten(flat, call.outputs))
+        ctx.needs_input_grad = needs
+        found = ctx.opkit_formula.gradients(ctx, grads)
+        return (*_NOTHING, *(_laid_flat(schema, found, call.lengths) if nested else found))
 
     function: Any = type(
         schema.opname,  # torch adds Backward
@@ -122,11 +124,13 @@ def _lengths(schema: Schema, values: Sequence[Any]) -> list[int | None]:
     ]
 
 
-def _without_gradient(schema: Schema, outputs: Sequence[Any], rule: Formula) -> Iterator[Any]:
+def _without_gradient(schema: Schema, outputs: Sequence[Any], rule: Formula) -> list[Tensor]:
+    found = []
     for result, output in zip(schema.results, outputs, strict=True):
         for one in output if isinstance(output, (list, tuple)) else (output,):
             if result.name in rule.non_differentiable or not (one.is_floating_point() or one.is_complex()):
-                yield one
+                found.append(one)
+    return found
 
 
 def _laid_flat(schema: Schema, found: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
