@@ -24,6 +24,7 @@ from opkit.dispatch import sources as _sources
 from opkit.errors import BackendError as BackendError
 from opkit.errors import BuildError as BuildError
 from opkit.errors import ConfigError as ConfigError
+from opkit.errors import DeviceError as DeviceError
 from opkit.errors import DtypeError as DtypeError
 from opkit.errors import DuplicateOpError as DuplicateOpError
 from opkit.errors import GradientError as GradientError
@@ -31,7 +32,6 @@ from opkit.errors import NoKernelError as NoKernelError
 from opkit.errors import OpkitError as OpkitError
 from opkit.errors import OpNotFoundError as OpNotFoundError
 from opkit.errors import OutputError as OutputError
-from opkit.errors import PluginError as PluginError
 from opkit.errors import RegistrationError as RegistrationError
 from opkit.errors import SchemaError as SchemaError
 from opkit.errors import ShapeError as ShapeError

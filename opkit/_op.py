@@ -66,32 +66,23 @@ class Op(Generic[P, R]):
         self._table = table.KernelTable(schema, reference)
         self._meta = Meta(schema, plan)
         self._runner = Runner(self._table, self._meta)
-        self._named = schema.container if schema.container is not tuple else None
         self._bare = schema.container in (None, tuple) and (
             schema.container is None or len(schema.results) > 1
         )
-        self._alone = schema.container is not None and len(schema.results) == 1
         self._variant: Any = None
-        functools.update_wrapper(self, reference)
+        functools.update_wrapper(self, reference, updated=())
         self._tags = (torch.Tag.pt2_compliant_tag, *tags)
         self._library = torch.library.Library(schema.namespace, "FRAGMENT")
         self.overload = self._define("")
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_compiling():
             wanted = preference.traced()
             if wanted is not None:
                 _ensure_variant(self.name)
-                return self._packed(self._variant(*args, **kwargs, opkit_backend=wanted))
+                return self.schema.pack(self._variant(*args, **kwargs, opkit_backend=wanted))  # type: ignore[no-any-return]
         result = self.overload(*args, **kwargs)
-        return result if self._bare else self._packed(result)
-
-    def _packed(self, result: Any) -> R:
-        if self._alone:
-            result = (result,)
-        if self._named is not None:
-            result = self._named(*result)
-        return result  # type: ignore[no-any-return]
+        return result if self._bare else self.schema.pack(result)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         devices: dict[str, list[str]] = {}
@@ -258,6 +249,10 @@ class Op(Generic[P, R]):
             return lambda b: self.register_autograd(
                 b, setup_context, saves=saves, non_differentiable=non_differentiable
             )
+        saves = [saves] if isinstance(saves, str) else saves
+        non_differentiable = (
+            [non_differentiable] if isinstance(non_differentiable, str) else non_differentiable
+        )
         self._check_names(non_differentiable)
         is_function = not isinstance(backward, Op) and backward is not from_reference
         if saves and not isinstance(backward, Op):
@@ -379,7 +374,7 @@ class Op(Generic[P, R]):
 
     def _check_names(self, non_differentiable: Sequence[str]) -> None:
         names = [p.name for p in self.schema.params] + [r.name for r in self.schema.results]
-        for name in [non_differentiable] if isinstance(non_differentiable, str) else non_differentiable:
+        for name in non_differentiable:
             if name not in names:
                 raise self._registration_error(
                     "the gradient", f"non_differentiable names {name!r}", f"one of {', '.join(names)}",

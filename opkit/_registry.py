@@ -27,7 +27,7 @@ def find(name: str) -> Op[..., Any] | None:
     Raises:
         SchemaError: `name` is not `namespace::name`.
     """
-    check_name(name)
+    check_name(name, "looking up an op")
     if name not in _ops:
         sources.consult_for_ops()
     return _ops.get(name)
@@ -81,7 +81,7 @@ def remove(name: str) -> None:
 
 def when_defined(name: str, addition: Callable[[Op[..., Any]], object]) -> None:
     """Apply `addition` to the op `name`: now if it exists, whenever it is (re)defined otherwise."""
-    check_name(name)
+    check_name(name, "registering on an op")
     with _lock:
         _additions.setdefault(name, []).append(addition)
         op = _ops.get(name)
@@ -101,16 +101,26 @@ def make_room(name: str, function: Callable[..., Any]) -> Op[..., Any] | None:
     if not _same_place(old.reference, function):
         raise DuplicateOpError(
             f"declaring {name}: found two definitions, {describe(old.reference)} and {describe(function)}; "
-            "expected one. Give one of them another name or namespace, or remove it.",
+            "expected one. Give one of them another name or namespace, or remove it; a function that makes ops "
+            "takes their name as an argument.",
             op=name,
         )
     remove(name)
     return old
 
 
+def _enclosed(function: Callable[..., Any]) -> list[int]:
+    """Return the identities of the values that a function has from around it."""
+    cells = getattr(function, "__closure__", None) or ()
+    return [id(cell.cell_contents) for cell in cells if cell != type(cell)()]
+
+
 def _same_place(old: Callable[..., Any], new: Callable[..., Any]) -> bool:
     """Whether `new` is `old` defined again: a re-run notebook cell, a reloaded module."""
     if getattr(old, "__qualname__", None) != getattr(new, "__qualname__", None):
         return False
+    code = getattr(old, "__code__", None)
+    if code is not None and code is getattr(new, "__code__", None) and _enclosed(old) != _enclosed(new):
+        return False  # a function that makes ops, called again: two ops under one name
     files = [getattr(getattr(f, "__code__", None), "co_filename", None) for f in (old, new)]
     return files[0] == files[1] or old.__module__ == new.__module__

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from opkit.cpp.toolchain import LAUNCHERS
 from opkit.errors import BuildError
 
-_LAUNCHERS = ("ccache", "sccache")
 _patching = threading.Lock()
 
 
@@ -100,7 +100,7 @@ def _set_compiler(build_file: Path, cxx: Sequence[str]) -> None:
 
     def line(found: re.Match[str]) -> str:
         words = shlex.split(found[1])
-        launcher = words[:1] if Path(words[0]).name in _LAUNCHERS and len(cxx) == 1 else []
+        launcher = words[:1] if Path(words[0]).name in LAUNCHERS and len(cxx) == 1 else []
         return f"cxx = {shlex.join([*launcher, *cxx])}"
 
     text = build_file.read_text()

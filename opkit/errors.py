@@ -6,6 +6,7 @@ Each class also derives from the builtin that a caller would catch:
     ├── SchemaError(TypeError)            a declaration cannot become an op
     ├── ShapeError(ValueError)            a shape line is wrong, or a call does not fit it
     ├── DtypeError(TypeError)             a call has a tensor of another dtype than declared
+    ├── DeviceError(RuntimeError)         a call has tensors on several devices
     ├── OutputError(RuntimeError)         a kernel returned what the declaration forbids
     ├── DuplicateOpError(ValueError)      one op name, two definitions
     ├── OpNotFoundError(KeyError)         no op has that name
@@ -14,7 +15,6 @@ Each class also derives from the builtin that a caller would catch:
     ├── NoKernelError(NotImplementedError)  no kernel of the op can take this call
     ├── GradientError(RuntimeError)       differentiating the op is impossible or its formula is wrong
     ├── BuildError(RuntimeError)          native code did not compile or load
-    ├── PluginError(RuntimeError)         a plugin failed (raised only where nothing can go on without it)
     └── ConfigError(ValueError)           an environment variable has a value opkit does not know
 
 Fields such as `op` and `log_path` are on the object, so that tools need not parse texts.
@@ -50,6 +50,10 @@ class ShapeError(OpkitError, ValueError):
 
 class DtypeError(OpkitError, TypeError):
     """You called an op with a tensor of another dtype than its shape line declares."""
+
+
+class DeviceError(OpkitError, RuntimeError):
+    """You called an op with tensors that are on different devices."""
 
 
 class OutputError(OpkitError, RuntimeError):
@@ -112,10 +116,6 @@ class BuildError(OpkitError, RuntimeError):
         self.diagnostics = tuple(diagnostics)
         self.log_path = log_path
         self.command = command
-
-
-class PluginError(OpkitError, RuntimeError):
-    """You asked for something that only a broken plugin gives."""
 
 
 class ConfigError(OpkitError, ValueError):

@@ -13,7 +13,7 @@ TREE = {
     "DuplicateOpError": ValueError, "OpNotFoundError": KeyError, "RegistrationError": ValueError,
     "BackendError": LookupError,
     "NoKernelError": NotImplementedError, "GradientError": RuntimeError, "BuildError": RuntimeError,
-    "PluginError": RuntimeError, "ConfigError": ValueError,
+    "DeviceError": RuntimeError, "ConfigError": ValueError,
 }  # fmt: skip
 
 

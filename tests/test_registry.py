@@ -16,11 +16,11 @@ T = torch.ones(2)
 
 
 def define(k=1):
-    @opkit.op("t::f", shapes="n -> n")
-    def f(x: Tensor) -> Tensor:
-        return x + k
-
-    return f
+    """Define `t::f` the way a notebook does whose cell is edited and run again."""
+    scope = {"opkit": opkit, "Tensor": Tensor}
+    cell = f"@opkit.op('t::f', shapes='n -> n')\ndef f(x: Tensor) -> Tensor:\n    return x + {k}\n"
+    exec(compile(cell, __file__, "exec"), scope)
+    return scope["f"]
 
 
 def test_op_is_found_by_name():
@@ -113,18 +113,28 @@ def test_compiled_function_notices_a_redefinition():
 
 
 def test_redefinition_reaches_whoever_holds_the_op():
-    def define(k):
-        @opkit.op("t::held", shapes="*b -> *b")
-        def held(x: Tensor) -> Tensor:
+    old = define(1)
+    assert old(T).tolist() == [2, 2]
+    new = define(2)
+    assert old is new is opkit.get("t::f")
+    assert old(T).tolist() == [3, 3]
+
+
+def test_function_that_makes_ops_under_one_name_is_refused():
+    def make(k):
+        @opkit.op("t::made", shapes="n -> n")
+        def made(x: Tensor) -> Tensor:
             return x + k
 
-        return held
+        return made
 
-    old = define(1)
-    assert old(torch.zeros(1)).item() == 1
-    new = define(2)
-    assert old is new is opkit.get("t::held")
-    assert old(torch.zeros(1)).item() == 2
+    first = make(1)
+    with pytest.raises(
+        opkit.DuplicateOpError, match="a function that makes ops takes their name as an argument"
+    ):
+        make(2)
+    assert first(T).tolist() == [2, 2]
+    assert make(1)(T).tolist() == [2, 2]  # the same once more is no conflict
 
 
 def test_redefinition_with_another_schema_replaces_the_schema():

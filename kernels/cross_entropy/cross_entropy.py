@@ -15,6 +15,7 @@ from torch import Tensor
 
 import opkit
 from opkit_kernels._flags import CFLAGS
+from opkit_kernels._floating import require_floating
 
 
 class CrossEntropy(NamedTuple):
@@ -39,7 +40,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> CrossEntropy:
 
     Raises:
         ShapeError: target does not have the shape of logits without the last dimension.
-        DtypeError: target is not int64.
+        DtypeError: target is not int64, or logits are not floating.
         RuntimeError: a target is negative, or not less than the number of logits in a row. On CUDA
             this is a device-side assertion, as in torch.
 
@@ -48,6 +49,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> CrossEntropy:
         >>> opkit_kernels.cross_entropy(torch.tensor([[0.0, 0.0], [0.0, 100.0]]), torch.tensor([0, 1])).loss
         tensor([0.6931, 0.0000])
     """
+    require_floating("opkit::cross_entropy", logits=logits)
     wide = logits.to(torch.float64)
     lse = torch.logsumexp(wide, -1)
     at_target = wide.gather(-1, target.unsqueeze(-1)).squeeze(-1)
@@ -67,7 +69,7 @@ def cross_entropy_backward(
     Raises:
         ShapeError: grad_loss, grad_lse, target or lse does not have the shape of logits without the last
             dimension.
-        DtypeError: a dtype is not the one that cross_entropy has there.
+        DtypeError: a dtype is not one that cross_entropy has there.
         RuntimeError: a target is out of range.
 
     Example:
@@ -76,6 +78,7 @@ def cross_entropy_backward(
         >>> opkit_kernels.cross_entropy_backward(one, zero, torch.zeros(1, 2), torch.tensor([0]), lse)
         tensor([[-0.5000,  0.5000]])
     """
+    require_floating("opkit::cross_entropy_backward", logits=logits)
     softmax = torch.exp(logits - lse.unsqueeze(-1))
     at_target = torch.zeros_like(softmax).scatter(-1, target.unsqueeze(-1), 1.0)
     grad_loss_wide = grad_loss.to(torch.float64).unsqueeze(-1)

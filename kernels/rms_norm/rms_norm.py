@@ -14,6 +14,7 @@ from torch import Tensor
 
 import opkit
 from opkit_kernels._flags import CFLAGS
+from opkit_kernels._floating import require_floating
 
 
 class RMSNorm(NamedTuple):
@@ -43,6 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> RMSNorm:
 
     Raises:
         ShapeError: weight does not have the size of the last dimension of x, or x has no dimension.
+        DtypeError: x or weight is not floating.
 
     Example:
         >>> import torch, opkit_kernels
@@ -50,6 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> RMSNorm:
         >>> y, rstd
         (tensor([[0.8485, 1.1314]]), tensor([[0.2828]]))
     """
+    require_floating("opkit::rms_norm", x=x, weight=weight)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return RMSNorm((wide * rstd * weight.to(wide.dtype)).to(x.dtype), rstd.to(torch.float32))
@@ -65,7 +68,7 @@ def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, eps: float = 1e
 
     Raises:
         ShapeError: grad_y does not have the shape of x, or weight not the size of its last dimension.
-        DtypeError: grad_y does not have the dtype of x.
+        DtypeError: grad_y does not have the dtype of x, or x or weight is not floating.
 
     Example:
         >>> import torch, opkit_kernels
@@ -73,6 +76,7 @@ def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, eps: float = 1e
         >>> opkit_kernels.rms_norm_backward(torch.tensor([[1.0, 0.0]]), x, ones).x
         tensor([[ 0.1810, -0.1358]])
     """
+    require_floating("opkit::rms_norm_backward", x=x, weight=weight)
     wide = torch.promote_types(x.dtype, torch.float32)
     grad_wide, x_wide, weight_wide = grad_y.to(wide), x.to(wide), weight.to(wide)
     rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import opkit
 from opkit_kernels._flags import CFLAGS
+from opkit_kernels._floating import require_floating
 
 
 class SwiGLUGradients(NamedTuple):
@@ -33,7 +34,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Raises:
         ShapeError: gate and up have different shapes.
-        DtypeError: gate and up have different dtypes.
+        DtypeError: gate and up have different dtypes, or are not floating.
 
     Example:
         >>> import torch, opkit_kernels
@@ -41,6 +42,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         >>> opkit_kernels.swiglu(gate, up)
         tensor([[0.0000, 2.1932]])
     """
+    require_floating("opkit::swiglu", gate=gate)
     wide = torch.promote_types(gate.dtype, torch.float32)
     return (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
@@ -53,13 +55,14 @@ def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> SwiGLUGradients
 
     Raises:
         ShapeError: the shapes differ.
-        DtypeError: the dtypes differ.
+        DtypeError: the dtypes differ, or are not floating.
 
     Example:
         >>> import torch, opkit_kernels
         >>> opkit_kernels.swiglu_backward(torch.ones(1), torch.zeros(1), torch.ones(1))
         SwiGLUGradients(gate=tensor([0.5000]), up=tensor([0.]))
     """
+    require_floating("opkit::swiglu_backward", gate=gate)
     wide = torch.promote_types(gate.dtype, torch.float32)
     grad_wide, gate_wide, up_wide = grad_y.to(wide), gate.to(wide), up.to(wide)
     s = torch.sigmoid(gate_wide)

@@ -13,13 +13,13 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opkit import _torch_build
-from opkit.cpp import _includes, cache, diagnostics, toolchain
+from opkit.cpp import _arguments, _includes, cache, diagnostics, toolchain
 from opkit.cpp._progress import building
 from opkit.cpp.compile import names_host_compiler, stub_libraries
 from opkit.errors import BuildError, ConfigError
@@ -29,6 +29,7 @@ Sources = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _FORMAT = 1
 _CFLAGS = ("-O3", "-DNDEBUG")  # torch passes no -O at all; the caller's flags come later and win
 _CUDA_SUFFIXES = (".cu", ".cuh")
+_SUFFIXES = (".cpp", ".cc", ".cxx", ".c++", ".cp", ".C", ".c", ".s", ".S", *_CUDA_SUFFIXES)  # what gcc compiles
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,17 @@ class Job:
         units: Sequence[str] = (),
     ) -> Job:
         """Check the arguments and copy them: the caller's lists stay as they are."""
-        if not re.fullmatch(r"[A-Za-z_]\w*" if is_module else r"[A-Za-z_][\w.-]*", name):
+        pattern = r"[A-Za-z_]\w*" if is_module else r"[A-Za-z_][\w.-]*"
+        if not isinstance(name, str) or not re.fullmatch(pattern, name):
             what = "a Python name" if is_module else "a file name"
             raise BuildError(
                 f"building an extension: its name is {name!r}; expected {what}, such as 'fast_ops'. "
                 "Rename it."
             )
+        doing = f"building {name}"
         all_texts, all_units = dict(texts or {}), list(units)
         files = []
-        for i, source in enumerate(as_list(sources)):
+        for i, source in enumerate(_listed(name, sources)):
             if isinstance(source, str) and "\n" in source:
                 unit = f"{name}_{i}.{'cu' if '__global__' in source else 'cpp'}"
                 all_texts[unit] = source
@@ -98,10 +101,13 @@ class Job:
             files=tuple(files),
             texts=all_texts,
             units=tuple(all_units),
-            cflags=tuple(flag.strip() for flag in extra_cflags or ()),
-            cuda_cflags=tuple(flag.strip() for flag in extra_cuda_cflags or ()),
-            ldflags=tuple(flag.strip() for flag in extra_ldflags or ()),
-            include_paths=tuple(Path(path).absolute() for path in extra_include_paths or ()),
+            cflags=_arguments.flags(doing, "extra_cflags", extra_cflags),
+            cuda_cflags=_arguments.flags(doing, "extra_cuda_cflags", extra_cuda_cflags),
+            ldflags=_arguments.flags(doing, "extra_ldflags", extra_ldflags),
+            include_paths=tuple(
+                Path(path).absolute()
+                for path in _arguments.folders(doing, "extra_include_paths", extra_include_paths)
+            ),
             with_cuda=with_cuda,
             verbose=verbose,
             cxx=toolchain.get_cxx(),
@@ -256,10 +262,17 @@ class Job:
         return _output([*self.cxx.command, *native, "-dM", "-E", "-x", "c++", "-"], "")
 
 
-def as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, (str, os.PathLike)) else list(value)
+def _listed(name: str, sources: Any) -> list[str | os.PathLike[str]]:
+    """Return `sources` as a list, of paths and texts alone."""
+    lone = isinstance(sources, (str, bytes, os.PathLike)) or not isinstance(sources, Iterable)
+    entries = [sources] if lone else list(sources)
+    for entry in entries:
+        if not isinstance(entry, (str, os.PathLike)):
+            raise BuildError(
+                f"building {name}: it has the source {entry!r}, of type {type(entry).__name__}; expected a path or "
+                "a source text, or a list of those. Pass each as a str, or a path as a Path."
+            )
+    return entries
 
 
 def _refuse_rocm(name: str) -> bool:
@@ -275,6 +288,11 @@ def _refuse_rocm(name: str) -> bool:
 
 def _existing(name: str, path: Path) -> Path:
     if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise BuildError(
+                f"building {name}: source {str(path)!r} has the suffix {path.suffix!r}; expected one of "
+                f"{', '.join(_SUFFIXES)}. Name the C++ or CUDA source itself."
+            )
         return path.absolute()
     raise BuildError(
         f"building {name}: source {str(path)!r} is no file in {Path.cwd()}; expected a path to a .cpp or .cu "

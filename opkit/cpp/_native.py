@@ -45,6 +45,14 @@ def _define(path: Path, schema: Schema, declaration: str, device: str) -> tuple[
     try:
         entry = ctypes.CDLL(str(path)).opkit_call
     except (OSError, AttributeError) as err:
+        if "libtorch_cuda.so" in str(err) and torch.version.cuda is None:
+            raise BuildError(
+                f"loading the kernel of {schema.name} from {path}: it is compiled with nvcc and needs "
+                f"libtorch_cuda.so, but torch {torch.__version__} is built without CUDA. Expected a torch with CUDA "
+                "for CUDA source. Install one (https://pytorch.org/get-started), or write the kernel in C++, "
+                "without cuda=True and the suffix .cu.",
+                op=schema.name,
+            ) from err
         missing = re.search(r"undefined symbol: (\S+)", str(err))
         raise BuildError(
             f"loading the kernel of {schema.name} from {path}: {err}. "

@@ -58,7 +58,10 @@ class Workspace:
 
 
 def root() -> Path:
-    """Return the cache folder: OPKIT_CACHE_DIR, by default ~/.cache/opkit."""
+    """Return the cache folder: OPKIT_CACHE_DIR.
+
+    By default `opkit` in the first of TORCH_EXTENSIONS_DIR, XDG_CACHE_HOME and ~/.cache that is set.
+    """
     folder: Path = _config.get("OPKIT_CACHE_DIR")
     return folder.absolute()
 

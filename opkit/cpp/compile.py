@@ -40,7 +40,8 @@ _CXX_FLAGS = (
 _CUDA_FLAGS = ("-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--expt-extended-lambda")
 # Flags that put file names or line numbers into the library.
 _KEEPS_PLACES = ("-g", "--coverage", "-ftest-coverage", "-lineinfo", "--generate-line-info", "-G")
-_ABSOLUTE = re.compile(r'^[ \t]*#[ \t]*(?:include|line[ \t]+\d+)[ \t]+"(/[^"\n]+)"', re.MULTILINE)
+_INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"(/[^"\n]+)"', re.MULTILINE)
+_PLACED = re.compile(r'^[ \t]*#[ \t]*line[ \t]+\d+[ \t]+"([^"\n]+)"', re.MULTILINE)
 
 
 def shared_library(
@@ -105,8 +106,9 @@ class _Job:
 
     @functools.cached_property
     def sources(self) -> list[Path]:
-        """The user's files, which the unit includes by absolute path."""
-        return [Path(name) for name in dict.fromkeys(_ABSOLUTE.findall(self.unit))]
+        """The user's files: those that the unit includes by absolute path, and those that its text is from."""
+        placed = [name for name in _PLACED.findall(self.unit) if name.startswith("/")]
+        return [Path(name) for name in dict.fromkeys([*_INCLUDED.findall(self.unit), *placed])]
 
     @property
     def keeps_places(self) -> bool:
@@ -212,12 +214,15 @@ class _Job:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _scanned(self) -> list[tuple[str, str]]:
-        """Hash the user's headers for CUDA, those under `#if __CUDA_ARCH__` included."""
+        """Hash the user's text and headers for CUDA, what is under `#if __CUDA_ARCH__` included."""
         if not self.nvcc:
             return []
         flags = (*self.cflags, *self.cuda_cflags)
         scan = _includes.Scan([*self.include_paths, *_includes.include_folders(flags)])
-        for path in (*self.sources, *_includes.included_files(flags)):
+        # Neither where the text is from nor the folders of files; a Python file is not read.
+        scan.add_text(_PLACED.sub("", _INCLUDED.sub("", self.unit)), self.unit_name)
+        included = [Path(name) for name in _INCLUDED.findall(self.unit)]
+        for path in (*included, *_includes.included_files(flags)):
             if path.is_file():
                 scan.add_file(path, path.name)
         return scan.contents

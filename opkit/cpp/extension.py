@@ -17,11 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from opkit.cpp import cache
-from opkit.cpp._aten import Job, Sources, as_list
+from opkit.cpp import _arguments, cache
+from opkit.cpp._aten import Job, Sources
 from opkit.errors import BuildError
 
 _LIBRARY_BLOCK = re.compile(r"^[ \t]*(?:STABLE_)?TORCH_LIBRARY[ \t]*\([ \t]*(\w+)[ \t]*,", re.MULTILINE)
+
+_EXPORTS = "functions= of load_inline"  # what compilers call the lines that export them
 
 _modules: dict[Path, ModuleType] = {}
 _blocks: dict[str, Path] = {}  # namespaces whose TORCH_LIBRARY block is loaded
@@ -119,13 +121,16 @@ def load_inline(
     Raises:
         BuildError: it does not compile or does not load.
     """
-    cpp, cuda = as_list(cpp_sources), as_list(cuda_sources)
+    doing = f"building {name}"
+    cpp = _arguments.texts(doing, "cpp_sources", cpp_sources)
+    cuda = _arguments.texts(doing, "cuda_sources", cuda_sources)
+    exported = _documented(doing, functions)
     texts = {f"{name}_{i}.cpp": text for i, text in enumerate(cpp)}
     texts |= {f"{name}_{i}.cuh": text for i, text in enumerate(cuda)}
     # The user's texts stay in files of their own, so that line numbers in errors are theirs.
     headers = [] if no_implicit_headers else ["torch/extension.h"]
     texts["main.cpp"] = _including(headers, [f"{name}_{i}.cpp" for i in range(len(cpp))])
-    texts["main.cpp"] += _pybind_module(functions, with_pytorch_error_handling)
+    texts["main.cpp"] += _pybind_module(exported, with_pytorch_error_handling)
     units = ["main.cpp"]
     if cuda:
         headers = [] if no_implicit_headers else ["torch/types.h", "cuda.h", "cuda_runtime.h"]
@@ -144,7 +149,21 @@ def load_inline(
         texts=texts,
         units=units,
     )
-    return _open(job, cache.obtain(job.key, label=job.label, build=job.build), is_python_module)
+    try:
+        library = cache.obtain(job.key, label=job.label, build=job.build)
+    except BuildError as err:
+        wrong = {d.line for d in err.diagnostics if d.file == _EXPORTS}
+        names = [repr(name) for line, name in enumerate(exported or (), 1) if line in wrong]
+        if not names:
+            raise
+        raise BuildError(
+            f"{err}\nfunctions= names {', '.join(names)}; expected functions that cpp_sources declare or define, "
+            "those of cuda_sources too. Correct the name, or declare the function in cpp_sources.",
+            diagnostics=err.diagnostics,
+            log_path=err.log_path,
+            command=err.command,
+        ) from None
+    return _open(job, library, is_python_module)
 
 
 def build(
@@ -243,12 +262,20 @@ def _including(headers: Sequence[str], files: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pybind_module(functions: str | Sequence[str] | Mapping[str, str] | None, wrapped: bool) -> str:
-    """Return the block that exports `functions` to Python."""
-    if functions is None:
+def _documented(
+    doing: str, functions: str | Sequence[str] | Mapping[str, str] | None
+) -> Mapping[str, str] | None:
+    """Return `functions` as names with their docstrings."""
+    if functions is None or isinstance(functions, Mapping):
+        return functions
+    return {name: name for name in _arguments.texts(doing, "functions", functions)}
+
+
+def _pybind_module(documented: Mapping[str, str] | None, wrapped: bool) -> str:
+    """Return the block that exports functions to Python, a line each under a name of its own."""
+    if documented is None:
         return ""
-    documented = functions if isinstance(functions, Mapping) else {name: name for name in as_list(functions)}
-    lines = ["PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {"]
+    lines = ["PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {", f'#line 1 "{_EXPORTS}"']
     for name, text in documented.items():
         value = f"torch::wrap_pybind_function({name})" if wrapped else name
         lines.append(f'  m.def("{name}", {value}, {json.dumps(text)});')

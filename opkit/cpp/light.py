@@ -7,6 +7,9 @@ line, compiles both as one unit, and registers the entry point with torch.
 from __future__ import annotations
 
 import dataclasses
+import linecache
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 import torch
 
-from opkit.cpp import toolchain
+from opkit.cpp import _arguments, toolchain
 from opkit.cpp._glue import signature, unit_source
 from opkit.cpp._native import register
 from opkit.cpp.compile import shared_library
@@ -23,6 +26,8 @@ from opkit.spec.plan import OutputMeta, Plan
 from opkit.spec.schema import Schema
 
 _SUFFIXES = (".cpp", ".cc", ".cxx", ".c", ".cu")
+# In the name of a file these end what compilers' messages are parsed for, or the string after #line.
+_UNREADABLE = re.compile(r'[:()"\\\x00-\x1f]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Source:
     where: str
     place: str
     """What the compiler calls source text; without the colons and parentheses that its messages use."""
+    line: int = 1
+    """The line of `place` where source text begins."""
     extra_cflags: tuple[str, ...] = ()
     extra_cuda_cflags: tuple[str, ...] = ()
     extra_ldflags: tuple[str, ...] = ()
@@ -54,14 +61,14 @@ class Source:
         if not sys.platform.startswith("linux"):
             return f"opkit builds native kernels on Linux, this is {sys.platform}"
         if self.cuda and toolchain.find_nvcc() is None:
-            return "nvcc was not found (set CUDA_HOME)"
-        if not self.cuda and toolchain.find_cxx() is None:
-            return "no C++ compiler was found (install g++ or set CXX)"
+            return toolchain.why_no_nvcc()
+        if toolchain.find_cxx() is None:  # nvcc needs it too
+            return toolchain.why_no_cxx()
         return None
 
     def build(self, schema: Schema, plan: Plan | None, backend: str) -> Path:
         """Compile the kernel with its glue for an op, and return the library's path."""
-        text = f'#include "{self.path}"' if self.path else f'#line 1 "{self.place}"\n{self.text}'
+        text = f'#include "{self.path}"' if self.path else f'#line {self.line} "{self.place}"\n{self.text}'
         unit = unit_source(text, self.symbol or schema.opname, schema, plan, cuda=self.cuda)
         try:
             return shared_library(
@@ -136,7 +143,8 @@ def kernel(
         cuda: whether nvcc compiles it; by default where the path ends in `.cu`.
 
     Raises:
-        BuildError: the file does not exist, or is not C++ or CUDA source by its suffix.
+        BuildError: the file does not exist, or is not C++ or CUDA source by its suffix; or an argument is
+            of the wrong kind.
 
     Example:
         >>> import opkit, torch
@@ -156,12 +164,26 @@ def kernel(
     """
     frame = sys._getframe(1)
     here = Path(frame.f_globals.get("__file__") or "unnamed").absolute().parent
-    folders = tuple((here / folder).resolve() for folder in extra_include_paths)
-    flags = (tuple(extra_cflags), tuple(extra_cuda_cflags), tuple(extra_ldflags), folders)
+    doing = "naming a kernel"
+    options: dict[str, Any] = {
+        "extra_cflags": _arguments.flags(doing, "extra_cflags", extra_cflags),
+        "extra_cuda_cflags": _arguments.flags(doing, "extra_cuda_cflags", extra_cuda_cflags),
+        "extra_ldflags": _arguments.flags(doing, "extra_ldflags", extra_ldflags),
+        "extra_include_paths": tuple(
+            (here / folder).resolve()
+            for folder in _arguments.folders(doing, "extra_include_paths", extra_include_paths)
+        ),
+    }
+    if not isinstance(source, (str, Path)) or not str(source).strip():
+        raise BuildError(
+            f"naming a kernel: its source is {source!r}; expected a path to C++ or CUDA source, or the source "
+            "text itself. Pass one of them as a str, or a path as a Path."
+        )
     if isinstance(source, str) and ("\n" in source or "{" in source):
-        file = frame.f_code.co_filename
-        place = f"{Path(file).name.replace(':', ' ')}, kernel at line {frame.f_lineno}"
-        return Source(None, source, symbol, bool(cuda), f"source at {file}:{frame.f_lineno}", place, *flags)
+        file, number = frame.f_code.co_filename, frame.f_lineno
+        place, line = _place(source, file, number)
+        where = f"source at {file}:{number}"
+        return Source(None, source, symbol, bool(cuda), where, place, line, **options)
     path = here / source
     if not path.is_file():
         raise BuildError(
@@ -174,6 +196,20 @@ def kernel(
             "Name the C++ or CUDA source itself."
         )
     path = path.resolve()
-    return Source(
-        path, None, symbol, path.suffix == ".cu" if cuda is None else cuda, str(path), str(path), *flags
-    )
+    is_cuda = path.suffix == ".cu" if cuda is None else cuda
+    return Source(path, None, symbol, is_cuda, str(path), str(path), **options)
+
+
+def _place(text: str, file: str, number: int) -> tuple[str, int]:
+    """Return the file and the line where `text`, which is used at line `number` of `file`, is written.
+
+    Where it stands nowhere (a prompt, a text put together), a readable name and 1.
+    """
+    path = os.path.abspath(file)
+    if os.path.isfile(path) and not _UNREADABLE.search(path):
+        linecache.checkcache(path)
+        content = "".join(linecache.getlines(path))
+        found = [content.count("\n", 0, m.start()) + 1 for m in re.finditer(re.escape(text), content)]
+        if found:  # the same text may be there twice
+            return path, min(found, key=lambda line: (line < number, abs(line - number)))
+    return f"{_UNREADABLE.sub(' ', Path(file).name).strip()}, kernel at line {number}", 1

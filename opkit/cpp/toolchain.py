@@ -14,14 +14,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from opkit.errors import BuildError, ConfigError
 
-_LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 _DEFAULT_ARCHITECTURES = ("8.0", "9.0+PTX")
+_AGAIN_AFTER = 1.0  # seconds until a compiler that was not there is looked for again
 _ARCHITECTURE = re.compile(r"\d{1,2}\.\d[af]?(\+PTX)?")
 # torch's names of generations, for TORCH_CUDA_ARCH_LIST=Hopper (torch/utils/cpp_extension.py, named_arches)
 _GENERATIONS = {
@@ -53,12 +55,14 @@ def find_cxx() -> Compiler | None:
     >>> compiler is None or compiler.path.exists()
     True
     """
+    return _remembered(_search_cxx, "PATH", "CXX")
+
+
+def why_no_cxx() -> str:
+    """Return why `find_cxx` finds none, in a few words."""
     if chosen := os.environ.get("CXX"):
-        return _identify(tuple(shlex.split(chosen)))
-    for name in ("g++", "clang++", "c++"):
-        if compiler := _identify((name,)):
-            return compiler
-    return None
+        return f"CXX is {chosen!r}, which does not run (correct CXX or unset it)"
+    return "no C++ compiler was found (install g++ or set CXX)"
 
 
 def get_cxx() -> Compiler:
@@ -82,10 +86,15 @@ def get_cxx() -> Compiler:
 
 def find_nvcc() -> Compiler | None:
     """Return nvcc: from $CUDA_HOME or $CUDA_PATH, PATH or /usr/local/cuda; None where there is none."""
+    return _remembered(_search_nvcc, "PATH", "CUDA_HOME", "CUDA_PATH")
+
+
+def why_no_nvcc() -> str:
+    """Return why `find_nvcc` finds none, in a few words."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
-            return _identify((str(Path(home) / "bin" / "nvcc"),))
-    return _identify(("nvcc",)) or _identify(("/usr/local/cuda/bin/nvcc",))
+            return f"{variable} is {home!r}, whose bin/nvcc does not run (correct {variable} or unset it)"
+    return "nvcc was not found (set CUDA_HOME)"
 
 
 def get_nvcc() -> Compiler:
@@ -201,11 +210,55 @@ def _device_architectures() -> tuple[str, ...]:
     return tuple(f"{major}.{minor}" for major, minor in sorted(capabilities))
 
 
+_memory: dict[tuple[object, ...], tuple[Compiler | None, object, float]] = {}
+
+
+def _remembered(search: Callable[[], Compiler | None], *variables: str) -> Compiler | None:
+    """Return what `search` finds; PATH is searched again where `variables` or the compiler changed."""
+    key = (search, *map(os.environ.get, variables))
+    compiler, stamp, when = _memory.get(key, (None, None, -_AGAIN_AFTER))
+    if compiler is None:
+        if time.monotonic() - when < _AGAIN_AFTER:
+            return None
+    elif _stamp(compiler.path) == stamp:
+        return compiler
+    compiler = search()
+    _memory[key] = (compiler, _stamp(compiler.path) if compiler else None, time.monotonic())
+    return compiler
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _search_cxx() -> Compiler | None:
+    if chosen := os.environ.get("CXX"):
+        try:
+            return _identify(tuple(shlex.split(chosen)))
+        except ValueError:  # quotes that do not close
+            return None
+    for name in ("g++", "clang++", "c++"):
+        if compiler := _identify((name,)):
+            return compiler
+    return None
+
+
+def _search_nvcc() -> Compiler | None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            return _identify((str(Path(home) / "bin" / "nvcc"),))
+    return _identify(("nvcc",)) or _identify(("/usr/local/cuda/bin/nvcc",))
+
+
 def _identify(command: tuple[str, ...]) -> Compiler | None:
     """Return the compiler that `command` starts, or None where it does not run."""
     if not command:
         return None
-    launched = len(command) > 1 and Path(command[0]).name in _LAUNCHERS
+    launched = len(command) > 1 and Path(command[0]).name in LAUNCHERS
     found = shutil.which(command[1] if launched else command[0])
     if not found:
         return None

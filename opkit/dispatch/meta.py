@@ -65,8 +65,15 @@ class Meta:
                 self._remembered.clear()
             try:
                 self._remembered[key] = self.of_registered(values)
-            except Exception:  # it needs a tracer, for a size that depends on data: nothing to hold against
-                self._remembered[key] = None
+            except Exception as err:
+                if not any(name in str(err) for name in ("get_ctx", "new_dynamic_size")):
+                    raise RegistrationError(
+                        f"calling {self.schema.name}: its meta function failed for these arguments, "
+                        f"{type(err).__name__}: {err}; expected one that describes the outputs of every call that "
+                        "the kernels take. Correct the function given to register_fake.",
+                        op=self.schema.name,
+                    ) from err
+                self._remembered[key] = None  # a size that depends on data, known to a tracer only
         return self._remembered[key] or (None, None)
 
     def of_registered(self, values: Sequence[Any]) -> tuple[Sequence[Any], torch.device | None]:

@@ -61,8 +61,8 @@ def current() -> Preference:
 
 
 def traced() -> str | None:
-    """Return the preference of the function being traced by Dynamo, encoded, or None."""
-    inside = _innermost()
+    """Return the preference entered in the function that is being compiled or exported, encoded, or None."""
+    inside = _innermost() if torch.compiler.is_dynamo_compiling() else None
     if inside is None and _traced:
         return _traced[-1].encode()
     return inside
@@ -154,6 +154,11 @@ class use_backend:  # noqa: N801  (a context manager, named like torch.no_grad)
     """
 
     def __init__(self, *names: str, strict: bool = False) -> None:
+        if not all(isinstance(name, str) for name in names) or (strict and not names):
+            raise BackendError(
+                f"choosing backends: found use_backend({', '.join(map(repr, names))}, strict={strict}); expected "
+                'names, and with strict at least one. Write opkit.use_backend("cpp", "reference").'
+            )
         self._preference = Preference(names, strict)
         self._before: list[Preference | None] = []
 
@@ -162,6 +167,9 @@ class use_backend:  # noqa: N801  (a context manager, named like torch.no_grad)
         if torch.compiler.is_dynamo_compiling():
             if not _enter_inside(self._preference.encode()):
                 _traced.append(self._preference)
+            return
+        if torch.compiler.is_exporting():
+            _traced.append(self._preference)
             return
         check_known(self._preference.names)
         self._before.append(_torch.stashed())
@@ -174,5 +182,8 @@ class use_backend:  # noqa: N801  (a context manager, named like torch.no_grad)
         if torch.compiler.is_dynamo_compiling():
             if not _leave_inside():
                 _traced.pop()
+            return
+        if torch.compiler.is_exporting():
+            _traced.pop()
             return
         _torch.stash(self._before.pop())

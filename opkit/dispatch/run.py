@@ -11,6 +11,7 @@ from opkit.cpp.light import Source
 from opkit.dispatch import outputs, preference, select
 from opkit.dispatch.meta import Meta
 from opkit.dispatch.table import Kernel, KernelTable
+from opkit.errors import NoKernelError
 from opkit.spec.plan import Plan
 
 
@@ -77,4 +78,14 @@ class Runner:
         except RuntimeError:
             if plan is not None:
                 plan.infer(*values)  # where the arguments do not fit, this error names dimensions
+            self._refuse_layouts(kernel, values)
             raise
+
+    def _refuse_layouts(self, kernel: Kernel, values: tuple[Any, ...]) -> None:
+        for param, value in zip(self.schema.params, values, strict=True):
+            if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+                raise NoKernelError(
+                    f"calling {self.schema.name}: argument {param.name} has the layout {value.layout}; expected "
+                    f"torch.strided, which the {kernel.backend} kernel reads. Convert it: {param.name}.to_dense().",
+                    op=self.schema.name,
+                )

@@ -170,9 +170,9 @@ def _reject(
     if kernel.when is not None:
         args, kwargs = schema.split(values)
         answer = kernel.when(*args, **kwargs)
-        if isinstance(answer, str):
+        if isinstance(answer, str) and answer:
             return answer
-        if not answer:
+        if not answer:  # False, None, or a reason without words
             return "its condition (when=) is not met"
     return None
 

@@ -5,6 +5,7 @@ Responsible for keeping kernels; choosing one is `select`, running it is `run`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from opkit import _torch
 from opkit.cpp.light import Source
 from opkit.dispatch import preference
 from opkit.errors import RegistrationError, did_you_mean, warn
-from opkit.spec.schema import Schema, describe
+from opkit.spec.schema import Schema, check_signature, describe
 
 REFERENCE = "reference"
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "meta")
@@ -35,11 +36,6 @@ class Kernel:
     when: Callable[..., bool | str] | None = None
     priority: int = 0
     source: str = ""
-
-    @property
-    def unconditional(self) -> bool:
-        """Whether every call on its device may run it."""
-        return self.dtypes is None and self.when is None
 
 
 class KernelTable:
@@ -114,6 +110,12 @@ def make_kernel(
     """
     op = schema.name
     device = device_type(device, op)
+    if device == "meta":
+        raise RegistrationError(
+            f"registering a kernel for {op}: found the device 'meta'; expected one that holds data. What happens on "
+            "meta is said by the shape line or by register_fake.",
+            op=op,
+        )
     native = isinstance(function, Source)
     if backend is None:
         backend = function.backend if isinstance(function, Source) else "python"
@@ -129,7 +131,20 @@ def make_kernel(
             "opkit.cpp.kernel(...). Pass one of these.",
             op=op,
         )
-    dtypes = None if dtypes is None else tuple(dtypes)  # it may be an iterator
+    if not isinstance(backend, str) or not re.fullmatch(r"[A-Za-z_][\w.-]*", backend):
+        raise RegistrationError(
+            f"registering a kernel for {op}: found the backend {backend!r}; expected a name of letters, digits, "
+            "'_', '.' and '-'. Write backend='fast'.",
+            op=op,
+        )
+    if not isinstance(priority, int):
+        raise RegistrationError(
+            f"registering a {backend} kernel for {op}: found priority={priority!r}; expected an int. Kernels with "
+            "a higher one are tried first.",
+            op=op,
+        )
+    if dtypes is not None:  # it may be an iterator
+        dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     wrong = [d for d in dtypes or () if not isinstance(d, torch.dtype)]
     if wrong:
         raise RegistrationError(
@@ -137,5 +152,7 @@ def make_kernel(
             "Write dtypes=(torch.float32,).",
             op=op,
         )
+    if when is not None:
+        check_signature(schema, when, f"the condition (when=) of a {backend} kernel")
     where = source or (str(function) if isinstance(function, Source) else describe(function))
     return Kernel(backend, device, function, dtypes, when, priority, where)

@@ -67,6 +67,7 @@ def source(plan: Plan) -> str:
             want = _python_dtype(tensors.dtype, plan)
             emit(f"{pad}if {tensors.name}.dtype != {want}: _explain({everything})")
     lines += late
+    lines += _device_checks(plan, everything)
     for tensors in plan.outputs:
         for name in {n for d in tensors.entry.dims for n in d.names()} & unsure:
             emit(f"    if _d_{name} is None: _explain({everything})")
@@ -84,6 +85,16 @@ def source(plan: Plan) -> str:
         lines[1:] = ["    try:", *(f"    {line}" for line in lines[1:]), "    except ZeroDivisionError:"]
         emit(f"        _explain({everything})")
     return "\n".join(lines) + "\n"
+
+
+def _device_checks(plan: Plan, everything: str) -> list[str]:
+    """Return checks that every tensor is on the device of the first."""
+    lines = []
+    first = _first(plan, "device")
+    for param in [p for p in plan.schema.params if p.type.is_tensor][1:]:
+        given = f"{param.name} is not None and " if param.type.optional else ""
+        lines.append(f"    if {given}{param.name}.device != {first}: _explain({everything})")
+    return lines
 
 
 def _optional(plan: Plan, name: str) -> bool:

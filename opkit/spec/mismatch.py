@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from opkit.errors import DtypeError, ShapeError
+from opkit.errors import DeviceError, DtypeError, ShapeError
 from opkit.spec._infer import python_expression
 from opkit.spec.shapes import Dim
 
@@ -40,6 +40,7 @@ class Mismatch:
                 if not (dim.is_any or dim.star or dim.is_name):
                     self._expression(tensors, dim, axis, size)
             self._dtype(tensors)
+        self._devices(present)
         for tensors in self.plan.outputs:
             for name in {n for d in tensors.entry.dims for n in d.names()} - set(self.sizes):
                 self._raise(
@@ -55,6 +56,16 @@ class Mismatch:
                 f"all of {', '.join(p.name for p in params)} are None, so nothing says where its outputs live",
                 "Pass one of them.",
             )
+
+    def _devices(self, present: Sequence[Tensors]) -> None:
+        for tensors in present[1:]:
+            first, own = self.values[present[0].name].device, self.values[tensors.name].device
+            if own != first:
+                raise DeviceError(
+                    f"calling {self.plan.schema.name}: argument {tensors.name} is on {own} and {present[0].name} on "
+                    f"{first}; expected all tensors on one device. Move one: {tensors.name}.to({str(first)!r}).",
+                    op=self.plan.schema.name,
+                )
 
     def _rank(self, tensors: Tensors) -> None:
         shape, dims = self.values[tensors.name].shape, tensors.entry.dims

@@ -2,7 +2,7 @@
 
 A `Plan` is made once per op. `Plan.infer` is generated Python (a few comparisons per tensor, so that
 it may run in every call and under tracing); where it finds a mismatch, `Plan.explain` walks the same
-entries slowly and raises with names. The C++ twin of the generated code is written by `opkit.cpp.light`.
+entries slowly and raises with names. The C++ twin of the generated code is written by `opkit.cpp._glue`.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ _BASES: dict[Any, str] = {
     torch.device: "Device",
 }
 _RESERVED = ("opkit_backend", "keyset", "self")  # the last two are taken for keyword-only ones
+_TORCHS_OWN = ("aten", "prim", "prims", "quantized", "inductor", "higher_order", "c10d", "_opkit_native")
 _LISTS = (list, collections.abc.Sequence)
 _ACCEPTED = (
     "Tensor, int, float, bool, str, torch.dtype, torch.device, Optional[...] of these, and list[...] of these"
@@ -222,14 +223,18 @@ def from_function(
     return Schema(name, params, results, container)
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, doing: str = "declaring an op") -> None:
     """Raise SchemaError unless `name` is `namespace::name`."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*::[A-Za-z_]\w*", name):
         hint = f"mylib::{name}" if isinstance(name, str) and name.isidentifier() else "mylib::my_op"
         lacks = "has no namespace" if isinstance(name, str) and "::" not in name else "is not an op's name"
         raise SchemaError(
-            f"declaring an op: the name {name!r} {lacks}; expected namespace::name, two identifiers. "
-            f"Write {hint!r}."
+            f"{doing}: the name {name!r} {lacks}; expected namespace::name, two identifiers. Write {hint!r}."
+        )
+    if doing.startswith("declaring") and name.split("::")[0] in _TORCHS_OWN:
+        raise SchemaError(
+            f"{doing}: the name {name!r} has a namespace of torch itself; expected one of your own. "
+            f"Write 'mylib::{name.split('::')[1]}'."
         )
 
 

@@ -6,6 +6,8 @@ into one gradient (or None) per argument. It does not know how autograd calls it
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from opkit import _torch
 from opkit.errors import GradientError, RegistrationError
 from opkit.spec.plan import Plan, Tensors
-from opkit.spec.schema import REQUIRED, Param, Schema
+from opkit.spec.schema import REQUIRED, Param, Schema, describe
 
 
 class Formula(Protocol):
@@ -40,6 +42,9 @@ class FunctionFormula:
         setup_context: Callable[..., None] | None,
         non_differentiable: Sequence[str],
     ) -> None:
+        _check_arity(schema, backward, "backward", ["ctx", *(f"grad of {r.name}" for r in schema.results)])
+        if setup_context is not None:
+            _check_arity(schema, setup_context, "setup_context", ["ctx", "inputs", "output"])
         self.schema = schema
         self.backward = backward
         self.setup_context = setup_context
@@ -63,6 +68,20 @@ class FunctionFormula:
                 op=self.schema.name,
             )
         return result
+
+
+def _check_arity(schema: Schema, function: Callable[..., Any], what: str, arguments: Sequence[str]) -> None:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        raise RegistrationError(
+            f"registering the gradient of {schema.name}: found {what} {describe(function)} with the signature "
+            f"{inspect.signature(function)}; expected {len(arguments)} arguments: {', '.join(arguments)}. "
+            "Change its parameters.",
+            op=schema.name,
+        ) from None
+    except ValueError:  # a builtin without a signature
+        return
 
 
 class OpFormula:
@@ -145,7 +164,6 @@ class ReferenceFormula:
         self.schema = schema
         self.reference = reference
         self.non_differentiable = frozenset(non_differentiable)
-        self._known_to_repeat = False
 
     def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         save_values(ctx, values)
@@ -164,7 +182,9 @@ class ReferenceFormula:
         with torch.enable_grad():
             values = []
             for value, needed in zip(saved_values(ctx), ctx.needs_input_grad, strict=True):
-                if isinstance(value, (list, tuple)):
+                if isinstance(
+                    needed, (list, tuple)
+                ):  # a list of tensors; of a list of numbers none is needed
                     values.append([leaf(v, n) for v, n in zip(value, needed, strict=True)])
                 else:
                     values.append(leaf(value, bool(needed)))
@@ -197,12 +217,13 @@ class ReferenceFormula:
         return result_grads
 
     def _run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if self._known_to_repeat:
+        devices = {v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor)}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_RefuseRandom(self.schema.name))
+            for device in devices:  # forward ran without autocast as well, see dispatch/run.py
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             return self.reference(*args, **kwargs)
-        with _RefuseRandom(self.schema.name):  # once: it makes every operation slower
-            result = self.reference(*args, **kwargs)
-        self._known_to_repeat = True
-        return result
 
 
 class _RefuseRandom(_torch.TorchDispatchMode):

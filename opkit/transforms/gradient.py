@@ -67,11 +67,15 @@ def autograd_kernel(
 
     def backward(ctx: Any, *flat: Any) -> Any:
         call: _Call = ctx.opkit_call
-        needs, grads = ctx.needs_input_grad[_FIXED:], flat
+        needs = ctx.needs_input_grad
+        own, grads = needs[_FIXED:], flat
         if nested:
-            needs, grads = tuple(_unflatten(needs, call.lengths)), tuple(_unflatten(flat, call.outputs))
-        ctx.needs_input_grad = needs
-        found = ctx.opkit_formula.gradients(ctx, grads)
+            own, grads = tuple(_unflatten(own, call.lengths)), tuple(_unflatten(flat, call.outputs))
+        ctx.needs_input_grad = own
+        try:
+            found = ctx.opkit_formula.gradients(ctx, grads)
+        finally:
+            ctx.needs_input_grad = needs  # a retained graph comes here again
         return (*_NOTHING, *(_laid_flat(schema, found, call.lengths) if nested else found))
 
     function: Any = type(
@@ -95,7 +99,16 @@ def autograd_kernel(
         call = flat_call
         if nested or extra:
             call = _Call(_lengths(schema, values), [None] * len(schema.results), extra)
-        outputs = function.apply(keyset, call, *(_flatten(values, call.lengths) if nested else values))
+        try:
+            outputs = function.apply(keyset, call, *(_flatten(values, call.lengths) if nested else values))
+        except RuntimeError as err:
+            if "setup_context" not in str(err):
+                raise
+            raise GradientError(
+                f"differentiating {schema.name} with torch.func: torch cannot transform a formula in Python; "
+                "expected torch.autograd (backward, autograd.grad, functional.jacobian). Use it instead.",
+                op=schema.name,
+            ) from err
         return schema.raw(_unflatten(outputs, call.outputs) if nested else outputs)
 
     return kernel

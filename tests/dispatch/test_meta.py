@@ -53,6 +53,7 @@ def test_list_output_is_held_to_the_meta_function():
     )
     with pytest.raises(opkit.OutputError, match=r"storage with another output"):
         op(T)
+    opkit._registry.remove("t::f")
     op = op_with(lambda x: [x + 1], lambda x: [torch.empty_like(x)] * 2, returns=list[Tensor])
     with pytest.raises(
         opkit.OutputError, match=r"returned 1 tensors as out; expected 2 by its meta function"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -68,27 +69,34 @@ def shape_name(shape: Sequence[int]) -> str:
 
 
 def assert_matches_float64(op: opkit.Op[Any, Any], args: Sequence[Any], dtype: torch.dtype) -> None:
-    """Compare an op with its reference on the same arguments in float64, at the tolerance of `dtype`."""
-    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    """Compare an op with its reference, on the CPU, on the same arguments in float64, at the tolerance of `dtype`."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    wide = [_on_cpu(a) if isinstance(a, Tensor) else a for a in args]
     expected, actual = op.reference(*wide), op(*args)
     if isinstance(expected, Tensor):
         expected, actual = (expected,), (actual,)
     for name, want, got in zip(getattr(expected, "_fields", ("out",)), expected, actual, strict=True):
         assert got.shape == want.shape, name
         assert got.is_contiguous(), name
+        assert got.device == tensors[0].device, name
         relative, absolute = TOLERANCES[dtype]
         if dtype == torch.float64 and got.dtype == torch.float32:
             relative = 6e-8  # an output that is float32 for every dtype
         finite = want[want.isfinite()].abs()
         scale = max(float(finite.max()), 1.0) if finite.numel() else 1.0
         torch.testing.assert_close(
-            got.double(),
-            want.double(),
+            _on_cpu(got),
+            _on_cpu(want),
             rtol=relative,
             atol=absolute * scale,
             equal_nan=True,
             msg=lambda text, name=name: f"{op.name}, output {name}: {text}",
         )
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    """Return x on the CPU, in float64 where it is floating."""
+    return x.cpu().double() if x.is_floating_point() else x.cpu()
 
 
 def assert_same_for_any_number_of_threads(function: Callable[[], Any]) -> None:
@@ -107,14 +115,49 @@ def assert_same_for_any_number_of_threads(function: Callable[[], Any]) -> None:
             assert torch.equal(first, second)
 
 
-def assert_compiles_once(function: Callable[..., Any], cases: Sequence[Sequence[Any]]) -> None:
-    """Assert that torch.compile makes one graph, without a break, that is right for all cases."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+def compilers(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test of `assert_compiles_once` without gradients, with gradients, and with those in Inductor."""
+    cases = [
+        pytest.param("aot_eager", False, id="forward"),
+        pytest.param("aot_eager", True, id="gradients"),
+        pytest.param("inductor", True, id="inductor", marks=pytest.mark.slow),
+    ]
+    return pytest.mark.parametrize(("compiler", "gradients"), cases)(test)
+
+
+def assert_compiles_once(
+    function: Callable[..., Any], cases: Sequence[Sequence[Tensor]], compiler: str, gradients: bool
+) -> None:
+    """Assert that torch.compile makes one graph, without a break, that is right for all cases.
+
+    With `gradients`, all floating arguments require them, and those of the compiled run are compared too.
+    """
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend(compiler)
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
     for args in cases:
-        torch.testing.assert_close(compiled(*args), function(*args))
+        found = _outputs_and_gradients(compiled, args, gradients)
+        expected = _outputs_and_gradients(function, args, gradients)
+        torch.testing.assert_close(found, expected)
     assert counter.frame_count == 1
+
+
+def _outputs_and_gradients(
+    function: Callable[..., Any], args: Sequence[Tensor], gradients: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return all outputs, and if `gradients` those of all floating arguments for different weights."""
+    leaves = [a.detach().requires_grad_(gradients and a.is_floating_point()) for a in args]
+    result = function(*leaves)
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    if not gradients:
+        assert not any(o.requires_grad for o in outputs)
+        return outputs, []
+    ends = [o for o in outputs if o.requires_grad]
+    weights = [torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view(o.shape) for o in ends]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return outputs, list(torch.autograd.grad(ends, wanted, weights))
 
 
 def assert_exports(function: Callable[..., Any], args: tuple[Any, ...], op: opkit.Op[Any, Any]) -> None:

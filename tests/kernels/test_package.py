@@ -13,6 +13,8 @@ import pytest
 
 import opkit
 import opkit_kernels
+from opkit.cpp import compile
+from opkit.transforms.formula import NoFormula
 
 SOURCES = sorted(Path(opkit_kernels.__file__).parent.glob("*/*.cu"))
 OPS = sorted(name for name, value in vars(opkit_kernels).items() if isinstance(value, opkit.Op))
@@ -35,7 +37,13 @@ def test_names_are_ops_where_a_submodule_is_imported_first():
 def test_every_op_has_kernels_a_gradient_and_an_example(name):
     op = getattr(opkit_kernels, name)
     assert {"reference", "cpp", "cuda"} <= {candidate.backend for candidate in op.kernels}
+    assert not isinstance(op._formula, NoFormula)
     assert ">>>" in op.__doc__
+
+
+def test_cuda_sources_are_found():
+    assert SOURCES
+    assert {path.parent.name for path in SOURCES} == set(OPS)
 
 
 @pytest.mark.slow
@@ -46,15 +54,7 @@ def test_cuda_source_compiles_without_a_warning(source, tmp_path):
         pytest.skip("no CUDA compiler: nvcc was not found")
     includes = [f"-I{Path(opkit.__file__).parent / 'cpp/include'}", f"-I{source.parents[1] / 'include'}"]
     arches = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90")]
-    flags = [
-        "-std=c++20",
-        "-O3",
-        "--expt-relaxed-constexpr",
-        "--expt-extended-lambda",
-        "-DNDEBUG",
-        "-DUSE_CUDA",
-    ]
-    command = [nvcc, *flags, *arches, *includes, "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c", str(source)]
+    command = [nvcc, "-std=c++20", *compile._CUDA_FLAGS, *arches, *includes, "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c", str(source)]
     done = subprocess.run([*command, "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr

@@ -23,12 +23,12 @@ from tests.kernels.kernel_cases import (
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
 @pytest.mark.parametrize("shape", [*SHAPES, ()], ids=shape_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_swiglu_and_its_backward_match_float64(backend, dtype, shape, layout):
+def test_swiglu_and_its_backward_match_float64(device, dtype, shape, layout):
     layout = layout if shape else lambda x: x
     gate, up, grad = (
-        layout(3 * torch.randn(shape).to(dtype)),
-        torch.randn(shape).to(dtype),
-        torch.randn(shape).to(dtype),
+        layout(3 * torch.randn(shape, device=device).to(dtype)),
+        torch.randn(shape, device=device).to(dtype),
+        torch.randn(shape, device=device).to(dtype),
     )
     assert_matches_float64(swiglu, (gate, up), dtype)
     assert_matches_float64(swiglu, (up, gate), dtype)
@@ -36,15 +36,17 @@ def test_swiglu_and_its_backward_match_float64(backend, dtype, shape, layout):
     assert_matches_float64(swiglu_backward, (gate, up, layout(grad)), dtype)
 
 
-def test_swiglu_of_the_halves_of_one_tensor(backend):
-    gate, up = torch.randn(50, 2, 3000).chunk(2, -1)
+def test_swiglu_of_the_halves_of_one_tensor(device):
+    gate, up = torch.randn(50, 2, 3000, device=device).chunk(2, -1)
     assert_matches_float64(swiglu, (gate, up), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_swiglu_of_extreme_gates(backend, dtype):
+def test_swiglu_of_extreme_gates(device, dtype):
     gates = torch.tensor(
-        [-1e30, -1e3, -100.0, -90.0, -0.0, 1e-30, 90.0, 1e30, float("inf"), float("nan")], dtype=dtype
+        [-1e30, -1e3, -100.0, -90.0, -0.0, 1e-30, 90.0, 1e30, float("inf"), float("nan")],
+        dtype=dtype,
+        device=device,
     )
     ones = torch.ones_like(gates)
     torch.testing.assert_close(swiglu(gates, ones), torch.nn.functional.silu(gates), equal_nan=True)
@@ -54,20 +56,20 @@ def test_swiglu_of_extreme_gates(backend, dtype):
     torch.testing.assert_close(swiglu_backward(ones, gates, ones).gate, expected)
 
 
-def test_swiglu_is_deterministic(backend):
-    gate, up, grad = (torch.randn(300, 101) for _ in range(3))
+def test_swiglu_is_deterministic(device):
+    gate, up, grad = (torch.randn(300, 101, device=device) for _ in range(3))
     assert_same_for_any_number_of_threads(lambda: swiglu(gate, up))
     assert_same_for_any_number_of_threads(lambda: swiglu_backward(grad, gate, up))
 
 
-def test_swiglu_opcheck(backend):
-    gate, up = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+def test_swiglu_opcheck(device):
+    gate, up = (torch.randn(3, 5, requires_grad=True, device=device) for _ in range(2))
     torch.library.opcheck(swiglu.overload, (gate, up))
-    torch.library.opcheck(swiglu_backward.overload, (torch.randn(5, 3).t(), gate, up))
+    torch.library.opcheck(swiglu_backward.overload, (torch.randn(5, 3, device=device).t(), gate, up))
 
 
-def test_swiglu_gradients_of_both_orders(backend):
-    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+def test_swiglu_gradients_of_both_orders(device):
+    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True, device=device) for _ in range(2))
     assert torch.autograd.gradcheck(swiglu, (gate, up))
     assert torch.autograd.gradgradcheck(swiglu, (gate, up))
 
@@ -81,8 +83,8 @@ def test_swiglu_exports():
     assert_exports(lambda gate, up: swiglu(gate, up), (torch.randn(3, 8), torch.randn(3, 8)), swiglu)
 
 
-def test_swiglu_refuses_other_shapes_and_dtypes(backend):
+def test_swiglu_refuses_other_shapes_and_dtypes(device):
     with pytest.raises(opkit.ShapeError, match="up"):
-        swiglu(torch.ones(3, 4), torch.ones(4))
+        swiglu(torch.ones(3, 4, device=device), torch.ones(4, device=device))
     with pytest.raises(opkit.DtypeError, match="up"):
-        swiglu(torch.ones(3), torch.ones(3).half())
+        swiglu(torch.ones(3, device=device), torch.ones(3, device=device).half())

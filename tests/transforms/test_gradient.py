@@ -102,7 +102,7 @@ def test_forward_mode_raises_instead_of_giving_zeros(square, guard):
 def test_forward_mode_transforms_raise(square, transform):
     x = leaf().detach()
     args = (square, (x,), (x,)) if transform is torch.func.jvp else (lambda x: square(x).sum(),)
-    with pytest.raises((opkit.GradientError, RuntimeError), match="forward mode|setup_context"):
+    with pytest.raises((opkit.GradientError, RuntimeError), match="forward mode|with torch.func"):
         found = transform(*args)
         found(x)
 

@@ -1,0 +1,62 @@
+"""Refuses arguments of the wrong kind in the caller's words, before they end in a bare TypeError.
+
+A lone text for a list of flags would otherwise be taken letter by letter.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from opkit.errors import BuildError
+
+
+def flags(doing: str, name: str, value: Any) -> tuple[str, ...]:
+    """Return a list of flags as a tuple.
+
+    >>> flags("building f", "extra_cflags", ["-O1", " -g"])
+    ('-O1', '-g')
+    """
+    return tuple(flag.strip() for flag in _entries(doing, name, value, (str,), "flags"))
+
+
+def folders(doing: str, name: str, value: Any) -> tuple[str | os.PathLike[str], ...]:
+    """Return a list of folders as a tuple."""
+    return _entries(doing, name, value, (str, os.PathLike), "folders")
+
+
+def texts(doing: str, name: str, value: Any) -> list[str]:
+    """Return a source text, or a list of those, as a list."""
+    value = [value] if isinstance(value, str) else value
+    return list(_entries(doing, name, value, (str,), "source texts"))
+
+
+def _entries(doing: str, name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Iterable):
+        raise BuildError(
+            f"{doing}: {name} is {value!r}; expected a list of {what}. {_correction(name, value, what)}"
+        )
+    entries = tuple(value)
+    for entry in entries:
+        if not isinstance(entry, kinds):
+            raise BuildError(
+                f"{doing}: {name} has the entry {entry!r}, of type {type(entry).__name__}; expected a list of "
+                f"{what}. Write each entry as a str."
+            )
+    return entries
+
+
+def _correction(name: str, value: Any, what: str) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        return f"Write {name}=[...], each entry a str."
+    words = [os.fspath(value)]
+    if what == "flags":
+        try:
+            words = shlex.split(words[0])
+        except ValueError:  # quotes that do not close
+            pass
+    return f"Write {name}={words!r}."
