@@ -29,7 +29,18 @@ Sources = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _FORMAT = 1
 _CFLAGS = ("-O3", "-DNDEBUG")  # torch passes no -O at all; the caller's flags come later and win
 _CUDA_SUFFIXES = (".cu", ".cuh")
-_SUFFIXES = (".cpp", ".cc", ".cxx", ".c++", ".cp", ".C", ".c", ".s", ".S", *_CUDA_SUFFIXES)  # what gcc compiles
+_SUFFIXES = (
+    ".cpp",
+    ".cc",
+    ".cxx",
+    ".c++",
+    ".cp",
+    ".C",
+    ".c",
+    ".s",
+    ".S",
+    *_CUDA_SUFFIXES,
+)  # what gcc compiles
 
 
 @dataclass(frozen=True)

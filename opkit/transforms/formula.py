@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -179,9 +179,10 @@ class ReferenceFormula:
             wanted.append(own)
             return own
 
-        with torch.enable_grad():
+        saved = saved_values(ctx)
+        with torch.enable_grad(), self._as_in_forward(saved):
             values = []
-            for value, needed in zip(saved_values(ctx), ctx.needs_input_grad, strict=True):
+            for value, needed in zip(saved, ctx.needs_input_grad, strict=True):
                 if isinstance(
                     needed, (list, tuple)
                 ):  # a list of tensors; of a list of numbers none is needed
@@ -189,7 +190,7 @@ class ReferenceFormula:
                 else:
                     values.append(leaf(value, bool(needed)))
             args, kwargs = self.schema.split(values)
-            outputs = self.schema.flatten(self._run(args, kwargs))
+            outputs = self.schema.flatten(self.reference(*args, **kwargs))
             pairs: list[tuple[Any, Any]] = []
             for result, output, grad in zip(self.schema.results, outputs, grads, strict=True):
                 if result.name in self.non_differentiable:
@@ -216,14 +217,15 @@ class ReferenceFormula:
                 result_grads.append(next(found) if needed else None)
         return result_grads
 
-    def _run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        devices = {v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor)}
+    @contextlib.contextmanager
+    def _as_in_forward(self, values: Sequence[Any]) -> Iterator[None]:
+        """Run the reference as the kernel ran: without autocast (dispatch/run.py), and with no other numbers."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_RefuseRandom(self.schema.name))
-            for device in devices:  # forward ran without autocast as well, see dispatch/run.py
+            for device in {v.device.type for v in values if isinstance(v, Tensor)}:
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
-            return self.reference(*args, **kwargs)
+            yield
 
 
 class _RefuseRandom(_torch.TorchDispatchMode):

@@ -237,6 +237,61 @@ def test_arguments_that_cannot_be(tmp_path):
         build("f", tmp_path / "k.cu", with_cuda=False)
 
 
+def test_sources_that_cannot_be(tmp_path):
+    (tmp_path / "k.txt").write_text("int x;\n")
+    with pytest.raises(BuildError, match=r"k.txt' has the suffix '.txt'; expected one of .cpp, .*Name the C"):
+        build("f", tmp_path / "k.txt")
+    with pytest.raises(
+        BuildError, match="its name is 3; expected a Python name, such as 'fast_ops'. Rename it"
+    ):
+        load(3, "int x;\n")
+    with pytest.raises(BuildError, match="its name is 3; expected a Python name"):
+        load_inline(3, "int x;\n")
+    for sources in (b"int x;\n", [b"int x;\n"], 3, None):
+        with pytest.raises(
+            BuildError,
+            match="building f: it has the source .*, of type .*; expected a path or a source text.*as a str",
+        ):
+            load("f", sources)
+    with pytest.raises(
+        BuildError, match=r"cpp_sources is 3; expected a list of source texts. Write cpp_sources=\["
+    ):
+        load_inline("f", 3)
+    with pytest.raises(
+        BuildError, match="cuda_sources has the entry b'', of type bytes; expected a list of source"
+    ):
+        load_inline("f", "int x;", cuda_sources=[b""])
+    with pytest.raises(BuildError, match="functions has the entry 3, of type int; expected"):
+        load_inline("f", "int x;", functions=[3])
+
+
+@pytest.mark.parametrize("function", [load, load_inline, build])
+@pytest.mark.parametrize(
+    "name", ["extra_cflags", "extra_cuda_cflags", "extra_ldflags", "extra_include_paths"]
+)
+def test_a_text_for_a_list_is_refused(function, name):
+    with pytest.raises(
+        BuildError, match=rf"^building f: {name} is '-O1'; expected a list of .*Write {name}=\['-O1'\]\.$"
+    ):
+        function("f", "int x;\n", **{name: "-O1"})
+
+
+def test_a_function_to_export_that_is_not_there_is_named():
+    text = "#include <pybind11/pybind11.h>\nint f() { return 1; }\n"
+    options = {"no_implicit_headers": True, "with_pytorch_error_handling": False, "extra_cflags": ["-O0"]}
+    with pytest.raises(BuildError) as caught:
+        load_inline("exporting", text, functions=["f", "missing"], **options)
+    assert str(caught.value).startswith(
+        "building exporting [cpp]: 1 error, at functions= of load_inline:2: 'missing' was not declared"
+    )
+    assert str(caught.value).endswith(
+        "\nfunctions= names 'missing'; expected functions that cpp_sources declare or define, those of "
+        "cuda_sources too. Correct the name, or declare the function in cpp_sources."
+    )
+    assert caught.value.log_path.exists()
+    assert caught.value.command
+
+
 def test_max_jobs_must_be_a_number(monkeypatch, source):
     monkeypatch.setenv("MAX_JOBS", "many")
     with pytest.raises(ConfigError, match="MAX_JOBS: found 'many'.*MAX_JOBS=2"):

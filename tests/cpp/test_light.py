@@ -228,6 +228,185 @@ def test_error_in_the_users_source_is_on_the_users_line(tmp_path):
     assert "must be a function of this form" not in str(caught.value)
 
 
+INLINE = """\
+import opkit
+from torch import Tensor
+
+@opkit.op("t::inline", shapes="n -> n")
+def inline(x: Tensor) -> Tensor: ...
+
+inline.register_kernel("cpu", opkit.cpp.kernel({prefix}\"\"\"
+#include <opkit/kernel.h>
+void inline_(opkit::Tensor x, opkit::Tensor y) {{
+  {statement} // \\d
+}}
+\"\"\", symbol="inline_"{options}))
+"""
+
+
+def written(path: Path, statement: str, prefix: str = "r", options: str = "", before: str = "") -> opkit.Op:
+    """Run a file with an inline kernel, as it would run by itself, and return its op."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(before + INLINE.format(statement=statement, prefix=prefix, options=options))
+    scope: dict = {"__file__": str(path)}
+    exec(compile(path.read_text(), str(path), "exec"), scope)
+    return scope["inline"]
+
+
+@pytest.mark.parametrize("name", ["mine.py", "with space.py"])
+def test_error_in_inline_source_is_on_the_line_of_the_python_file(tmp_path, name):
+    with pytest.raises(opkit.BuildError) as caught:
+        written(tmp_path / name, "undefined_thing();").build()
+    found = caught.value.diagnostics[0]
+    assert (found.file, found.line, found.column) == (str(tmp_path / name), 10, 3)
+    assert f"at {tmp_path / name}:10: 'undefined_thing' was not declared" in str(caught.value)
+    assert "   10 |   undefined_thing(); // \\d\n" in str(caught.value)
+
+
+def test_error_in_a_header_is_shown_on_the_line_of_the_python_file(tmp_path):
+    with pytest.raises(opkit.BuildError) as caught:
+        written(tmp_path / "mine.py", "x.data<int*>();").build()
+    assert (caught.value.diagnostics[0].file, caught.value.diagnostics[0].line) == (
+        str(tmp_path / "mine.py"),
+        10,
+    )
+
+
+@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+def test_error_in_inline_cuda_source_is_on_the_line_of_the_python_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    with pytest.raises(opkit.BuildError) as caught:
+        written(tmp_path / "mine.py", "undefined_thing();", options=", cuda=True").build()
+    found = caught.value.diagnostics[0]
+    assert (found.file, found.line) == (str(tmp_path / "mine.py"), 10)
+    assert "undefined_thing();" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("odd:(name).py", "r"), ("mine.py", "")],
+    ids=["a name that messages cannot have", "a text that the file has in another form"],
+)
+def test_inline_source_that_cannot_be_placed_has_a_readable_name(tmp_path, name, prefix):
+    with pytest.raises(opkit.BuildError) as caught:
+        written(tmp_path / name, "undefined_thing();", prefix).build()
+    found = caught.value.diagnostics[0]
+    shown = {"odd:(name).py": "odd  name .py", "mine.py": "mine.py"}[name]
+    assert (found.file, found.line) == (f"{shown}, kernel at line 7", 4)
+
+
+def test_inline_source_at_a_prompt_has_a_readable_name():
+    scope: dict = {}
+    exec(compile('import opkit\nk = opkit.cpp.kernel("void f();\\n")', "<stdin>", "exec"), scope)
+    assert (scope["k"].place, scope["k"].line) == ("<stdin>, kernel at line 2", 1)
+
+
+def test_inline_source_that_is_written_twice_is_placed_at_the_call(tmp_path):
+    path = tmp_path / "twice.py"
+    path.write_text(
+        "import opkit\n"
+        + 'k = opkit.cpp.kernel("""\nvoid f();\n""")\nfirst = globals().get("first", k)\n' * 2
+    )
+    scope: dict = {"__file__": str(path)}
+    exec(compile(path.read_text(), str(path), "exec"), scope)
+    assert (scope["first"].line, scope["k"].line) == (2, 6)
+
+
+@pytest.mark.parametrize("options", ["", pytest.param(", cuda=True", marks=pytest.mark.skipif(
+    toolchain.find_nvcc() is None, reason="needs nvcc"))], ids=["cpp", "cuda"])  # fmt: skip
+def test_inline_source_that_moves_is_not_built_again(tmp_path, monkeypatch, options):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    libraries = set()
+    statement = "OPKIT_CHECK(x, __FILE__);"
+    for folder, before in (("a", ""), ("b", ""), ("a", "\n" * 7), ("a", "# text\n" * 300)):
+        libraries.update(
+            written(tmp_path / folder / "mine.py", statement, options=options, before=before).build()
+        )
+        opkit._registry.remove("t::inline")
+    assert len(libraries) == 1
+    assert str(tmp_path).encode() not in libraries.pop().read_bytes()
+
+
+@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+def test_inline_cuda_source_of_every_architecture_is_part_of_the_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")  # preprocessing alone sees the first
+    libraries = set()
+    for value in (1, 2):
+        statement = f"}}\n#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900\n__device__ int v = {value};\n#endif\nvoid g() {{"
+        libraries.update(written(tmp_path / "mine.py", statement, options=", cuda=True").build())
+        opkit._registry.remove("t::inline")
+    assert len(libraries) == 2
+
+
+@pytest.mark.parametrize("source", [3, b"void f();\n", None, "", " "])
+def test_source_of_another_kind_is_refused(source):
+    with pytest.raises(
+        opkit.BuildError,
+        match=rf"^naming a kernel: its source is {source!r}; expected a path .* Pass one of them as a str",
+    ):
+        opkit.cpp.kernel(source)
+
+
+@pytest.mark.parametrize("name", ["extra_cflags", "extra_cuda_cflags", "extra_ldflags"])
+def test_flags_in_one_text_are_refused(name):
+    with pytest.raises(opkit.BuildError) as caught:
+        kernel("void f();", **{name: "-O1 -DX='a b'"})
+    assert str(caught.value) == (
+        f"naming a kernel: {name} is \"-O1 -DX='a b'\"; expected a list of flags. "
+        f"Write {name}=['-O1', '-DX=a b']."
+    )
+    with pytest.raises(
+        opkit.BuildError, match=rf"{name} is 3; expected a list of flags. Write {name}=\[...\]"
+    ):
+        kernel("void f();", **{name: 3})
+    with pytest.raises(
+        opkit.BuildError, match=f"{name} has the entry 3, of type int; expected a list of flags. Write each"
+    ):
+        kernel("void f();", **{name: ["-O1", 3]})
+
+
+def test_flags_whose_quotes_do_not_close_are_shown_whole():
+    with pytest.raises(opkit.BuildError, match=r"Write extra_cflags=\['-DX=\"'\]\.$"):
+        kernel("void f();", extra_cflags='-DX="')
+
+
+@pytest.mark.parametrize("folder", ["include", Path("include")])
+def test_one_include_folder_outside_a_list_is_refused(folder):
+    with pytest.raises(
+        opkit.BuildError,
+        match=r"extra_include_paths is .*; expected a list of folders. Write .*=\['include'\]\.",
+    ):
+        kernel("void f();", extra_include_paths=folder)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "variable", "reason"),
+    [
+        (False, "CXX", "CXX is '/no/such', which does not run (correct CXX or unset it)"),
+        (True, "CXX", "CXX is '/no/such', which does not run (correct CXX or unset it)"),
+        (True, "CUDA_HOME", "CUDA_HOME is '/no/such', whose bin/nvcc does not run (correct CUDA_HOME or unset it)"),
+        (True, "CUDA_PATH", "CUDA_PATH is '/no/such', whose bin/nvcc does not run (correct CUDA_PATH or unset it)"),
+    ],
+)  # fmt: skip
+def test_wrong_variable_is_why_a_source_is_unavailable(monkeypatch, cuda, variable, reason):
+    if cuda and variable == "CXX" and toolchain.find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    source = kernel("void f();", cuda=cuda)
+    monkeypatch.setenv(variable, "/no/such")
+    assert source.unavailable() == reason
+
+
+def test_machine_without_compilers_is_why_a_source_is_unavailable(monkeypatch, tmp_path):
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kernel("void f();").unavailable() == "no C++ compiler was found (install g++ or set CXX)"
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)  # there may be one in /usr/local/cuda
+    assert kernel("void f();", cuda=True).unavailable() == "nvcc was not found (set CUDA_HOME)"
+
+
 def test_missing_file_is_refused_when_it_is_named():
     with pytest.raises(
         opkit.BuildError, match=r"there is no file .*tests/cpp/nothing.cpp; expected C\+\+ or CUDA source"
@@ -547,6 +726,25 @@ def test_library_that_does_not_load_says_what_to_remove(tmp_path):
         opkit.BuildError, match=rf"loading the kernel of t::scale from {library}: .*Remove the folder"
     ):
         _native.register(library, schema_of_a_scale(), "cpu", with_outputs=False)
+
+
+def test_cuda_library_for_a_torch_without_cuda_says_so(monkeypatch, tmp_path):
+    def fail(path):
+        raise OSError("libtorch_cuda.so: cannot open shared object file: No such file or directory")
+
+    schema = schema_of_a_scale()
+    _native._shim()
+    monkeypatch.setattr(_native.ctypes, "CDLL", fail)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(opkit.BuildError) as caught:
+        _native.register(tmp_path / "scale.so", schema, "cpu", with_outputs=False)
+    assert str(caught.value) == (
+        f"loading the kernel of t::scale from {tmp_path / 'scale.so'}: it is compiled with nvcc and needs "
+        f"libtorch_cuda.so, but torch {torch.__version__} is built without CUDA. Expected a torch with CUDA for "
+        "CUDA source. Install one (https://pytorch.org/get-started), or write the kernel in C++, without cuda=True "
+        "and the suffix .cu."
+    )
+    assert caught.value.op == "t::scale"
 
 
 def test_undefined_function_is_named_as_in_the_source():

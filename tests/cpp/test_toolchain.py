@@ -74,6 +74,48 @@ def test_a_replaced_compiler_is_another_one(bare):
     assert before.version != toolchain.get_cxx().version
 
 
+def test_get_cxx_with_quotes_that_do_not_close(bare, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ 'x")
+    with pytest.raises(BuildError, match="which does not run"):
+        toolchain.get_cxx()
+
+
+@pytest.mark.parametrize(
+    ("find", "name", "variable"), [("find_cxx", "g++", "CXX"), ("find_nvcc", "nvcc", "CUDA_HOME")]
+)
+def test_path_is_searched_once_until_the_environment_changes(bare, monkeypatch, find, name, variable):
+    searches = []
+    which = toolchain.shutil.which
+    monkeypatch.setattr(toolchain.shutil, "which", lambda word: searches.append(word) or which(word))
+    find = getattr(toolchain, find)
+    script(bare / name, "echo one")
+    assert find().path == bare / name
+    assert find() is find()
+    assert len(searches) == 1
+    other = script(bare / "home" / "bin" / "nvcc", "echo other")
+    monkeypatch.setenv(variable, str(other if variable == "CXX" else bare / "home"))
+    assert find().path == other
+    monkeypatch.delenv(variable)
+    assert find().path == bare / name
+    assert len(searches) == 2
+    second = script(bare / "second" / name, "echo second")
+    monkeypatch.setenv("PATH", str(bare / "second"))
+    assert find().path == second
+    second.unlink()
+    monkeypatch.setattr(toolchain, "_identify", lambda command: None)  # whatever /usr/local/cuda has
+    assert find() is None
+
+
+def test_compiler_that_was_not_there_is_looked_for_again_after_a_while(bare, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(toolchain.time, "monotonic", lambda: now[0])
+    assert toolchain.find_cxx() is None
+    script(bare / "g++", "echo one")
+    assert toolchain.find_cxx() is None
+    now[0] += 1.1
+    assert toolchain.find_cxx().path == bare / "g++"
+
+
 def test_get_nvcc_without_one_says_what_to_install(bare, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(bare))
     with pytest.raises(BuildError, match=r"bin/nvcc does not run.*Install the CUDA toolkit.*set CUDA_HOME"):

@@ -16,6 +16,7 @@ from tests.kernels.kernel_cases import (
     assert_exports,
     assert_matches_float64,
     assert_same_for_any_number_of_threads,
+    compilers,
     layout_name,
     shape_name,
 )
@@ -158,9 +159,22 @@ def test_cross_entropy_trains_like_torch(device, dtype):
     torch.testing.assert_close(leaf.grad, exact.grad.to(dtype), rtol=4 * eps, atol=2 * eps)
 
 
-def test_cross_entropy_compiles_once_for_all_sizes():
+@compilers
+def test_cross_entropy_compiles_once_for_all_sizes(compiler, gradients):
     cases = [logits_and_target((rows, n), torch.float32) for rows, n in ((3, 8), (4, 9), (7, 100))]
-    assert_compiles_once(lambda x, t: cross_entropy(x, t).loss * 2, cases)
+    assert_compiles_once(lambda x, t: cross_entropy(x * 2, t), cases, compiler, gradients)
+
+
+@compilers
+def test_cross_entropy_backward_compiles_once_for_all_sizes(compiler, gradients):
+    cases = []
+    for rows, n in ((3, 8), (4, 9), (7, 100)):
+        logits, target = logits_and_target((rows, n), torch.float32)
+        lse = torch.logsumexp(2 * logits.double(), -1)
+        cases.append((torch.randn(rows), torch.randn(rows).double(), logits, target, lse))
+    assert_compiles_once(
+        lambda g, h, x, t, lse: cross_entropy_backward(g, h, x * 2, t, lse), cases, compiler, gradients
+    )
 
 
 def test_cross_entropy_exports():

@@ -54,7 +54,17 @@ def test_cuda_source_compiles_without_a_warning(source, tmp_path):
         pytest.skip("no CUDA compiler: nvcc was not found")
     includes = [f"-I{Path(opkit.__file__).parent / 'cpp/include'}", f"-I{source.parents[1] / 'include'}"]
     arches = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90")]
-    command = [nvcc, "-std=c++20", *compile._CUDA_FLAGS, *arches, *includes, "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c", str(source)]
+    command = [
+        nvcc,
+        "-std=c++20",
+        *compile._CUDA_FLAGS,
+        *arches,
+        *includes,
+        "-Xcompiler=-Wall,-Wextra",
+        "-Xptxas=-v",
+        "-c",
+        str(source),
+    ]
     done = subprocess.run([*command, "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr

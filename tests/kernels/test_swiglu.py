@@ -15,6 +15,7 @@ from tests.kernels.kernel_cases import (
     assert_exports,
     assert_matches_float64,
     assert_same_for_any_number_of_threads,
+    compilers,
     layout_name,
     shape_name,
 )
@@ -74,9 +75,16 @@ def test_swiglu_gradients_of_both_orders(device):
     assert torch.autograd.gradgradcheck(swiglu, (gate, up))
 
 
-def test_swiglu_compiles_once_for_all_sizes():
-    cases = [(torch.randn(rows, n), torch.randn(rows, n)) for rows, n in ((3, 8), (4, 9), (7, 100))]
-    assert_compiles_once(lambda gate, up: swiglu(gate, up) * 2, cases)
+@compilers
+def test_swiglu_compiles_once_for_all_sizes(compiler, gradients):
+    cases = [torch.randn(2, rows, n).unbind() for rows, n in ((3, 8), (4, 9), (7, 100))]
+    assert_compiles_once(lambda gate, up: swiglu(gate * 2, up), cases, compiler, gradients)
+
+
+@compilers
+def test_swiglu_backward_compiles_once_for_all_sizes(compiler, gradients):
+    cases = [torch.randn(3, rows, n).unbind() for rows, n in ((3, 8), (4, 9), (7, 100))]
+    assert_compiles_once(lambda g, gate, up: swiglu_backward(g, gate * 2, up), cases, compiler, gradients)
 
 
 def test_swiglu_exports():

@@ -14,6 +14,7 @@ from tests.kernels.kernel_cases import (
     assert_compiles_once,
     assert_exports,
     assert_same_for_any_number_of_threads,
+    compilers,
     layout_name,
     shape_name,
 )
@@ -45,10 +46,8 @@ def test_vector_add_is_deterministic(device):
 
 
 def test_vector_add_opcheck(device):
-    a, b = (
-        torch.randn(3, 5, requires_grad=True, device=device),
-        torch.randn(5, 3, requires_grad=True, device=device),
-    )
+    a = torch.randn(3, 5, requires_grad=True, device=device)
+    b = torch.randn(5, 3, requires_grad=True, device=device)
     torch.library.opcheck(vector_add.overload, (a, b.t()))
 
 
@@ -58,10 +57,10 @@ def test_vector_add_gradients(device):
     assert torch.autograd.gradgradcheck(vector_add, (a, b))
 
 
-def test_vector_add_compiles_once_for_all_sizes():
-    assert_compiles_once(
-        lambda a, b: vector_add(a, b) * 2, [(torch.randn(n, 5), torch.randn(n, 5)) for n in (3, 4, 9)]
-    )
+@compilers
+def test_vector_add_compiles_once_for_all_sizes(compiler, gradients):
+    cases = [torch.randn(2, rows, 5).unbind() for rows in (3, 4, 9)]
+    assert_compiles_once(lambda a, b: vector_add(a * 2, b), cases, compiler, gradients)
 
 
 def test_vector_add_exports():
