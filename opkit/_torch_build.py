@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from opkit.cpp.toolchain import LAUNCHERS
 from opkit.errors import BuildError
 
 _patching = threading.Lock()
@@ -29,6 +28,7 @@ def write_build_file(
     name: str,
     sources: Sequence[Path],
     cxx: Sequence[str],
+    launchers: Sequence[str],
     extra_cflags: Sequence[str],
     extra_cuda_cflags: Sequence[str],
     extra_ldflags: Sequence[str],
@@ -72,7 +72,7 @@ def write_build_file(
             with_sycl=False,
             is_standalone=False,
         )
-    _set_compiler(folder / "build.ninja", cxx)
+    _set_compiler(folder / "build.ninja", cxx, launchers)
 
 
 def _call(function: Callable[..., Any], **kwargs: Any) -> Any:
@@ -95,12 +95,12 @@ def _cuda_home(cpp_extension: Any, home: Path | None) -> Iterator[None]:
             cpp_extension.CUDA_HOME = before
 
 
-def _set_compiler(build_file: Path, cxx: Sequence[str]) -> None:
+def _set_compiler(build_file: Path, cxx: Sequence[str], launchers: Sequence[str]) -> None:
     """Build with `cxx`: torch takes `c++` where $CXX is unset, and CXX="ccache g++" as one word (2.13)."""
 
     def line(found: re.Match[str]) -> str:
         words = shlex.split(found[1])
-        launcher = words[:1] if Path(words[0]).name in LAUNCHERS and len(cxx) == 1 else []
+        launcher = words[:1] if Path(words[0]).name in launchers and len(cxx) == 1 else []
         return f"cxx = {shlex.join([*launcher, *cxx])}"
 
     text = build_file.read_text()

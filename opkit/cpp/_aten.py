@@ -195,6 +195,7 @@ class Job:
             name=self.name,
             sources=[*(folder / unit for unit in self.units), *_distinct(self.files, folder, self.units)],
             cxx=self.cxx.command,
+            launchers=toolchain.LAUNCHERS,
             extra_cflags=[*_CFLAGS, place, *self.cflags],
             extra_cuda_cflags=cuda_cflags,
             extra_ldflags=ldflags,

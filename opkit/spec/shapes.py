@@ -164,7 +164,8 @@ def _dim(text: str, word: str, column: int, op: str) -> Dim:
 
 
 def _is_expression(word: str) -> bool:
-    if not re.fullmatch(r"[\w+\-*/%()]+", word, flags=re.ASCII):
+    # A number runs up to an operator: Python would warn of 2n before refusing it.
+    if not re.fullmatch(r"(?:[A-Za-z_]\w*|\d+(?!\w)|[-+*/%()])+", word, flags=re.ASCII):
         return False
     try:
         tree = ast.parse(word, mode="eval").body

@@ -1,4 +1,4 @@
-"""What the shipped ops say to dtypes that are not floating: refused, never rounded or cut."""
+"""What the references of the shipped ops say to dtypes that are not floating: refused, never rounded or cut."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CASES = {
 def test_op_refuses_a_dtype_that_is_not_floating(case, dtype):
     op, args, name = CASES[case]
     advice = f"Pass its real part: {name}.real." if dtype.is_complex else f"Convert it: {name}.float()."
-    with pytest.raises(TypeError) as caught:
+    with opkit.use_backend("reference"), pytest.raises(TypeError) as caught:
         op(*args(dtype))
     assert isinstance(caught.value, opkit.DtypeError)
     assert caught.value.op == op.name
@@ -54,8 +54,18 @@ def test_op_refuses_integers_where_compiled_code_calls_it(case):
     op, args, name = CASES[case]
     torch._dynamo.reset()
     compiled = torch.compile(lambda *args: op(*args), backend="aot_eager", fullgraph=True)
-    with pytest.raises(opkit.DtypeError, match=f"{name} has dtype torch.int32"):
+    with (
+        opkit.use_backend("reference"),
+        pytest.raises(opkit.DtypeError, match=f"{name} has dtype torch.int32"),
+    ):
         compiled(*args(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+def test_kernel_refuses_a_weight_that_is_not_floating(backend, device, dtype):
+    x, weight = X.to(device), W.to(device, dtype)
+    with pytest.raises((opkit.DtypeError, RuntimeError), match=f"rms_norm.*{str(dtype).split('.')[1]}"):
+        rms_norm(x, weight)
 
 
 def test_reference_is_compiled_without_a_break_for_its_check():

@@ -43,7 +43,7 @@ def test_every_op_has_kernels_a_gradient_and_an_example(name):
 
 def test_cuda_sources_are_found():
     assert SOURCES
-    assert {path.parent.name for path in SOURCES} == set(OPS)
+    assert {path.parent.name for path in SOURCES} == {f for f in OPS if not f.endswith("_backward")}
 
 
 @pytest.mark.slow
