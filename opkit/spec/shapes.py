@@ -165,7 +165,8 @@ def _dim(text: str, word: str, column: int, op: str) -> Dim:
 
 def _is_expression(word: str) -> bool:
     # A number runs up to an operator: Python would warn of 2n before refusing it.
-    if not re.fullmatch(r"(?:[A-Za-z_]\w*|\d+(?!\w)|[-+*/%()])+", word, flags=re.ASCII):
+    tokens = re.findall(r"[A-Za-z_]\w*|\d+(?!\w)|[-+*/%()]", word, flags=re.ASCII)
+    if "".join(tokens) != word:
         return False
     try:
         tree = ast.parse(word, mode="eval").body

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given
@@ -157,3 +159,11 @@ def test_any_text_parses_or_raises_shape_error(text):
     except opkit.ShapeError:
         return
     assert parse(str(line)) == line
+
+
+@pytest.mark.parametrize("size", ["2n", "0x1", "1e5", "n" * 5000 + "!", "1" * 4000 + "n"])
+def test_size_that_is_no_expression_is_refused_at_once(size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Python's parser would warn of 2n
+        with pytest.raises(opkit.ShapeError, match="expected a name, a number"):
+            shapes.parse(f"{size} -> n", op="t::f")
