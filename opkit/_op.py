@@ -66,9 +66,8 @@ class Op(Generic[P, R]):
         self._table = table.KernelTable(schema, reference)
         self._meta = Meta(schema, plan)
         self._runner = Runner(self._table, self._meta)
-        self._bare = schema.container in (None, tuple) and (
-            schema.container is None or len(schema.results) > 1
-        )
+        # Whether what torch returns is already what the caller gets.
+        self._bare = schema.container is None or (schema.container is tuple and len(schema.results) > 1)
         self._variant: Any = None
         functools.update_wrapper(self, reference, updated=())
         self._tags = (torch.Tag.pt2_compliant_tag, *tags)
