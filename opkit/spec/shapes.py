@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from opkit.errors import ShapeError
 
 _LARGEST = 2**63 - 1  # of torch's sizes, and of int64_t in the native glue
+_LONGEST = 500  # characters of an expression; how deep Python parses depends on the process
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 
 
@@ -166,7 +167,7 @@ def _dim(text: str, word: str, column: int, op: str) -> Dim:
 def _is_expression(word: str) -> bool:
     # A number runs up to an operator: Python would warn of 2n before refusing it.
     tokens = re.findall(r"[A-Za-z_]\w*|\d+(?!\w)|[-+*/%()]", word, flags=re.ASCII)
-    if "".join(tokens) != word:
+    if "".join(tokens) != word or len(word) > _LONGEST:
         return False
     try:
         tree = ast.parse(word, mode="eval").body
