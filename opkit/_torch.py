@@ -127,13 +127,10 @@ class Straight:
     """
 
     def __init__(self, overload: Any) -> None:
-        name = overload.name()
-        devices = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-        has = torch._C._dispatch_has_kernel_for_dispatch_key
-        self._devices = [key for key in devices if not has(name, key)]
+        self._name = overload.name()
         self._known: dict[int, bool] = {}
         # torch/library.py notes every Library.impl there, as namespace/op/key.
-        qualified = name.replace("::", "/")
+        qualified = self._name.replace("::", "/")
         self._impls = torch.library._impls
         self._cpu, self._cuda = f"{qualified}/CPU", f"{qualified}/CUDA"
 
@@ -142,8 +139,10 @@ class Straight:
         kind = keyset.raw_repr()
         known = self._known.get(kind)
         if known is None:
-            rest = keyset & after_inplace_or_view
-            known = self._known[kind] = rest.highestPriorityTypeId() in self._devices
+            highest = (keyset & after_inplace_or_view).highestPriorityTypeId()
+            plain = highest in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+            has = torch._C._dispatch_has_kernel_for_dispatch_key
+            known = self._known[kind] = plain and not has(self._name, highest)
         return known and self._cpu not in self._impls and self._cuda not in self._impls
 
 
