@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -172,7 +174,9 @@ def test_exported_program_keeps_its_use_backend(op, strict):
                 inside = op(x, w)
             return inside, op(x, w)
 
-    exported = torch.export.export(Module(), (T, T[0]), strict=strict).module()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*side effects")
+        exported = torch.export.export(Module(), (T, T[0]), strict=strict).module()
     inside, outside = exported(T, T[0] * 2)
     assert inside.unique().tolist() == [2]
     assert outside.unique().tolist() == [5]

@@ -41,8 +41,8 @@ class Preference(NamedTuple):
 _used = False
 # Contexts entered by the function that Dynamo is tracing now; empty whenever nothing is traced.
 _traced: list[Preference] = []
-# The same for contexts inside of a checkpointed function, where Dynamo refuses a list that changes:
-# it calls the functions over this one while it traces, and does not trace into them.
+# The same for contexts inside of a checkpointed function, where Dynamo refuses a list that changes, and of an
+# exported one, where it warns of it: it calls the functions over this one as it traces, not tracing into them.
 _traced_inside: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
 
 
@@ -76,8 +76,8 @@ def _innermost() -> str | None:
 
 @_torch.constant_while_tracing
 def _enter_inside(encoded: str) -> bool:
-    """Note a context if it is entered in a checkpointed function; return whether it is."""
-    if _torch.in_subgraph():
+    """Note a context if it is entered in a checkpointed or exported function; return whether it is."""
+    if _torch.in_subgraph() or torch.compiler.is_exporting():
         _traced_inside.setdefault(_torch.tracing(), []).append(encoded)
         return True
     return False
@@ -85,7 +85,7 @@ def _enter_inside(encoded: str) -> bool:
 
 @_torch.constant_while_tracing
 def _leave_inside() -> bool:
-    if _torch.in_subgraph():
+    if _torch.in_subgraph() or torch.compiler.is_exporting():
         _traced_inside[_torch.tracing()].pop()
         return True
     return False
