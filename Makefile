@@ -45,7 +45,7 @@ bench: $(READY) ## measure opkit against its peers (minutes)
 	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
 	done
 
-soak: $(READY) ## run the long campaigns: property tests with 5000 examples each
+soak: $(READY) ## run the long campaigns: property tests with 5000 examples each, builders killed at random
 	$(BIN)/python -m pytest -m "soak or hypothesis" --hypothesis-profile=soak $(PYTEST_ARGS)
 
 clean: ## remove the virtual environment and everything built

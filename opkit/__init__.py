@@ -19,8 +19,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from opkit import _sources as _sources
 from opkit import errors as errors
-from opkit.dispatch import sources as _sources
 from opkit.errors import BackendError as BackendError
 from opkit.errors import BuildError as BuildError
 from opkit.errors import ConfigError as ConfigError

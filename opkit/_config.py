@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,37 @@ def _folder(variable: Variable, text: str) -> Path:
     return Path(base).expanduser() / "opkit"
 
 
+def _folders(variable: Variable, text: str) -> tuple[Path, ...]:
+    return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
+
+
+def _url(variable: Variable, text: str) -> str:
+    if not text or re.fullmatch(r"[A-Za-z][\w+.-]*(::[\w+.:/-]+)?://\S.*", text):
+        return text
+    raise ConfigError(
+        f"reading {variable.name}: found {text!r}; expected the address of a folder, such as s3://bucket/kernels, "
+        f"gs://bucket/kernels or file:///mnt/kernels. It says: {variable.meaning}. Unset it or use a legal value."
+    )
+
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def _size(variable: Variable, text: str) -> int:
+    """Return bytes.
+
+    >>> _size(VARIABLES["OPKIT_CACHE_LIMIT"], "1.5K")
+    1536
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    if found:
+        return int(float(found[1]) * 2 ** _UNITS[found[2].upper()])
+    raise ConfigError(
+        f"reading {variable.name}: found {text!r}; expected a size such as 500M, 10G or 1.5T, a number of bytes, "
+        f"or 0 for no limit. It says: {variable.meaning}. Unset it or use a legal value."
+    )
+
+
 VARIABLES = {
     variable.name: variable
     for variable in (
@@ -60,6 +92,24 @@ VARIABLES = {
             "",
             "folder for compiled kernels (default: opkit in $TORCH_EXTENSIONS_DIR or ~/.cache)",
             _folder,
+        ),
+        Variable(
+            "OPKIT_CACHE_PATH",
+            "",
+            f"more folders of compiled kernels, only read, separated by {os.pathsep!r}",
+            _folders,
+        ),
+        Variable(
+            "OPKIT_CACHE_REMOTE",
+            "",
+            "a shared cache to fetch compiled kernels from, as an address that fsspec knows",
+            _url,
+        ),
+        Variable(
+            "OPKIT_CACHE_LIMIT",
+            "10G",
+            "how large the folder for compiled kernels may grow before the least recently used ones go",
+            _size,
         ),
     )
 }

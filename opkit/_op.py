@@ -17,6 +17,7 @@ from opkit.dispatch import preference, select, table
 from opkit.dispatch.meta import Meta
 from opkit.dispatch.run import Runner
 from opkit.dispatch.select import Candidate, Explanation
+from opkit.dispatch.table import Kernel
 from opkit.errors import BackendError, DuplicateOpError, RegistrationError, SchemaError, did_you_mean
 from opkit.spec import plan as plans
 from opkit.spec import schema as schemas
@@ -202,7 +203,8 @@ class Op(Generic[P, R]):
         )
         if not isinstance(function, Source):
             schemas.check_signature(self.schema, function, f"a {kernel.backend} kernel")
-        self._table.add(kernel)
+        if old := self._table.add(kernel):
+            self._runner.forget(old)
         return function
 
     def register_autograd(
@@ -301,7 +303,7 @@ class Op(Generic[P, R]):
         return select.explain(self._table, self.schema.fill(args, kwargs))
 
     def build(self, *backends: str) -> list[Path]:
-        """Compile native kernels of the op now, and load none of them.
+        """Compile native kernels of the op now, and load none of them. Calls after that run what was built.
 
         Works without the device that they are for: with nvcc, a CUDA kernel compiles on any machine.
 
@@ -320,6 +322,19 @@ class Op(Generic[P, R]):
             >>> [path.suffix for path in vector_add.build("cpp")]
             ['.so']
         """
+        paths = []
+        for kernel in self.native_kernels(*backends):
+            assert isinstance(kernel.function, Source)
+            paths.append(kernel.function.build(self.schema, self._runner.native_plan, kernel.backend))
+            self._runner.forget(kernel)  # its source may have been edited
+        return paths
+
+    def native_kernels(self, *backends: str) -> list[Kernel]:
+        """Return the kernels that are native source, of all backends or of some.
+
+        Raises:
+            BackendError: the op has no native kernel of that backend.
+        """
         found = [k for k in self._table.all() if isinstance(k.function, Source)]
         known = {k.backend for k in found}
         for name in backends:
@@ -329,11 +344,20 @@ class Op(Generic[P, R]):
                     f"{', '.join(sorted(known)) or 'none'}.{did_you_mean(name, known)} Name one of these.",
                     op=self.name,
                 )
-        return [
-            kernel.function.build(self.schema, self._runner.native_plan, kernel.backend)
-            for kernel in found
-            if isinstance(kernel.function, Source) and (not backends or kernel.backend in backends)
-        ]
+        return [k for k in found if not backends or k.backend in backends]
+
+    def compile_commands(self, *backends: str) -> list[dict[str, Any]]:
+        """Return how the native kernels are compiled, as entries of compile_commands.json for clangd.
+
+        Raises:
+            BackendError: the op has no native kernel of that backend.
+        """
+        commands: list[dict[str, Any]] = []
+        for kernel in self.native_kernels(*backends):
+            assert isinstance(kernel.function, Source)
+            job = kernel.function.job(self.schema, self._runner.native_plan, kernel.backend)
+            commands += job.compile_commands()
+        return commands
 
     # ---------------------------------------------------------------- torch's side
 

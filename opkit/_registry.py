@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from opkit.dispatch import sources
+from opkit import _sources as sources
 from opkit.errors import DuplicateOpError, OpNotFoundError, did_you_mean
 from opkit.spec.schema import check_name, describe
 

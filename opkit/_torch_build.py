@@ -75,6 +75,20 @@ def write_build_file(
     _set_compiler(folder / "build.ninja", cxx, launchers)
 
 
+def cflags(build_file: Path) -> list[str]:
+    """Return the words of the C++ compiler's flags."""
+    found = re.search(r"^cflags = (.*)$", build_file.read_text(), re.MULTILINE)
+    return shlex.split(found[1].replace("$$", "$")) if found else []
+
+
+def search_first(build_file: Path, folder: Path) -> None:
+    """Make the compilers look for headers in `folder` before anywhere else."""
+    flag = shlex.quote(f"-I{folder}").replace("$", "$$")
+    text = build_file.read_text()
+    text = re.sub(r"^(cflags|cuda_cflags) =", lambda found: f"{found[0]} {flag}", text, flags=re.MULTILINE)
+    build_file.write_text(text)
+
+
 def _call(function: Callable[..., Any], **kwargs: Any) -> Any:
     known = inspect.signature(function).parameters
     return function(**{name: value for name, value in kwargs.items() if name in known})

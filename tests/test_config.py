@@ -60,6 +60,58 @@ def test_cache_folder_has_a_default_below_home(value, monkeypatch):
     assert value("OPKIT_CACHE_DIR", None) == Path("/home/me/.cache/opkit")
 
 
+def test_more_cache_folders_are_split_and_expanded(value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert value("OPKIT_CACHE_PATH", None) == ()
+    assert value("OPKIT_CACHE_PATH", "~/a::/b c:") == (Path("/home/me/a"), Path("/b c"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "s3://bucket/kernels", "file:///mnt/kernels", "abfs://c@account/x", "simplecache::s3://bucket"],
+)
+def test_a_shared_cache_is_an_address(value, text):
+    assert value("OPKIT_CACHE_REMOTE", text) == text
+
+
+@pytest.mark.parametrize("text", ["/mnt/kernels", "s3:/bucket", "://x", "s3://", "bucket"])
+def test_a_shared_cache_that_is_no_address_raises_with_examples(value, text):
+    with pytest.raises(opkit.ConfigError) as caught:
+        value("OPKIT_CACHE_REMOTE", text)
+    assert str(caught.value) == (
+        f"reading OPKIT_CACHE_REMOTE: found {text!r}; expected the address of a folder, such as s3://bucket/kernels, "
+        "gs://bucket/kernels or file:///mnt/kernels. It says: a shared cache to fetch compiled kernels from, as an "
+        "address that fsspec knows. Unset it or use a legal value."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (None, 10 << 30),
+        ("0", 0),
+        ("123", 123),
+        ("500M", 500 << 20),
+        ("10g", 10 << 30),
+        (" 1.5 TiB ", 3 << 39),
+        ("2KB", 2048),
+    ],
+)
+def test_a_limit_is_a_size(value, text, wanted):
+    assert value("OPKIT_CACHE_LIMIT", text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "big", "-1", "10X", "1e9", "G", "1,5G", "٣G"])
+def test_a_limit_that_is_no_size_raises_with_the_legal_forms(value, text):
+    with pytest.raises(opkit.ConfigError) as caught:
+        value("OPKIT_CACHE_LIMIT", text)
+    assert str(caught.value) == (
+        f"reading OPKIT_CACHE_LIMIT: found {text!r}; expected a size such as 500M, 10G or 1.5T, a number of bytes, or "
+        "0 for no limit. It says: how large the folder for compiled kernels may grow before the least recently used "
+        "ones go. Unset it or use a legal value."
+    )
+
+
 def test_values_are_kept_until_refreshed(monkeypatch):
     monkeypatch.setenv("OPKIT_BACKEND", "a")
     _config.refresh()

@@ -33,6 +33,15 @@ EXPECTED = {
         "OPKIT_AUTOLOAD turns calling plugins off",
         "No module named 'opkit_fast_and_missing'",
     ),
+    "08_pybind11_module.py": (
+        "103 bytes are 29 tokens",
+        "an exception of C++ is one of Python: IndexError",
+    ),
+    "07_prebuilt_package.py": (
+        "py3-none-linux",
+        "cpp        selected",
+        "nothing was compiled: there was no compiler",
+    ),
 }
 
 

@@ -112,8 +112,9 @@ def test_unknown_name_raises_attribute_error():
 # ---------------------------------------------------------------- arrows point down
 
 RANKS = (
-    ("cli",), ("plugins",), ("bench", "testing"), ("_op",), ("_registry",), ("transforms",), ("dispatch",), ("cpp",),
-    ("spec",), ("_torch", "_torch_build"), ("errors", "_config"),
+    ("__main__",), ("cli",), ("plugins",), ("bench", "testing"), ("_op",), ("_registry",), ("transforms",),
+    ("dispatch",), ("cpp",),
+    ("spec",), ("_torch", "_torch_build"), ("_sources",), ("errors", "_config"),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 RANK["_config"] = RANK["errors"] - 0.5  # it raises ConfigError

@@ -7,6 +7,7 @@ import doctest
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -59,12 +60,21 @@ with opkit.use_backend("fast"):
     assert done.stdout == "fast True\n", done.stderr
 
 
-def test_readme_commands_are_targets_of_the_makefile():
-    commands = [line.split("#")[0].split() for kind, b in BLOCKS if kind == "sh" for line in b.splitlines()]
-    assert [c[0] for c in commands] == ["make"] * len(commands)
-    for command in commands:
-        done = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+def test_readme_commands_exist():
+    commands = [
+        shlex.split(line, comments=True) for kind, b in BLOCKS if kind == "sh" for line in b.splitlines()
+    ]
+    assert {command[0] for command in commands} == {"make", "opkit"}
+    for program, *words in commands:
+        if program == "make":
+            command = [program, *words, "--dry-run"]
+        else:  # the subcommand and its options
+            options = [word for word in words if word.startswith("--")]
+            count = 2 if words[0] == "cache" else 1
+            command = [sys.executable, "-m", program, *words[:count], "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        assert program == "make" or all(option in done.stdout for option in options)
 
 
 def test_readme_links_lead_somewhere():

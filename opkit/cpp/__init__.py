@@ -15,9 +15,36 @@
 Importing this compiles nothing and looks for no compiler.
 """
 
-from opkit.cpp.extension import build as build
-from opkit.cpp.extension import load as load
-from opkit.cpp.extension import load_inline as load_inline
-from opkit.cpp.light import kernel as kernel
+from __future__ import annotations
 
-__all__ = ["build", "kernel", "load", "load_inline"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opkit.cpp.extension import build as build
+    from opkit.cpp.extension import load as load
+    from opkit.cpp.extension import load_inline as load_inline
+    from opkit.cpp.light import kernel as kernel
+    from opkit.cpp.toolchains import Toolchain as Toolchain
+    from opkit.cpp.toolchains import register as register_toolchain
+
+# Loaded when used, as `opkit.cpp.setuptools` is imported where there is no torch.
+_LAZY = {
+    "Toolchain": ("toolchains", "Toolchain"),
+    "build": ("extension", "build"),
+    "kernel": ("light", "kernel"),
+    "load": ("extension", "load"),
+    "load_inline": ("extension", "load_inline"),
+    "register_toolchain": ("toolchains", "register"),
+}
+
+__all__ = ["Toolchain", "build", "kernel", "load", "load_inline", "register_toolchain"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'opkit.cpp' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    value = getattr(importlib.import_module(f"opkit.cpp.{module}"), attribute)
+    globals()[name] = value
+    return value

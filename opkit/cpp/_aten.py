@@ -6,28 +6,34 @@ the business of `opkit.cpp.extension`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opkit import _torch_build
-from opkit.cpp import _arguments, _includes, cache, diagnostics, toolchain
-from opkit.cpp._progress import building
-from opkit.cpp.compile import names_host_compiler, stub_libraries
-from opkit.errors import BuildError, ConfigError
+from opkit.cpp import _arguments, _includes, _jobs, _pch, cache, diagnostics, toolchain
+from opkit.cpp import tier as tiers
+from opkit.cpp._progress import Progress, building
+from opkit.cpp.compile import included_by_path, placed_nowhere, stub_libraries
+from opkit.cpp.toolchains import names_host_compiler
+from opkit.errors import BuildError
 
 Sources = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-_FORMAT = 1
-_CFLAGS = ("-O3", "-DNDEBUG")  # torch passes no -O at all; the caller's flags come later and win
+_FORMAT = 2
+_CFLAGS = _pch.PLAIN_FLAGS  # torch passes no -O at all; the caller's flags come later and win
+_STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
 _CUDA_SUFFIXES = (".cu", ".cuh")
 _SUFFIXES = (
     ".cpp",
@@ -58,6 +64,10 @@ class Job:
     cxx: toolchain.Compiler
     nvcc: toolchain.Compiler | None
     architectures: tuple[str, ...]
+    op: str | None = None
+    """The op that it is a kernel of."""
+    title: str | None = None
+    """What it is called in texts, where that is not its name."""
 
     @classmethod
     def of(
@@ -107,6 +117,7 @@ class Job:
                 "Leave with_cuda out."
             )
         needs_nvcc = with_cuda and _refuse_rocm(name)
+        nvcc = _fitting(name, toolchain.get_nvcc()) if needs_nvcc else None
         return cls(
             name=name,
             files=tuple(files),
@@ -122,13 +133,47 @@ class Job:
             with_cuda=with_cuda,
             verbose=verbose,
             cxx=toolchain.get_cxx(),
-            nvcc=toolchain.get_nvcc() if needs_nvcc else None,
+            nvcc=nvcc,
             architectures=toolchain.cuda_architectures() if needs_nvcc else (),
         )
 
+    @classmethod
+    def of_kernel(
+        cls,
+        unit: str,
+        *,
+        op: str,
+        backend: str,
+        with_cuda: bool,
+        extra_include_paths: Sequence[Path],
+        **flags: Any,
+    ) -> Job:
+        """Return the job of a kernel of an op: one unit, which may include the user's file by its path."""
+        text = f"kernel.{'cu' if with_cuda else 'cpp'}"
+        job = cls.of(
+            re.sub(r"\W", "_", f"{op}_{backend}"),
+            [],
+            flags["extra_cflags"],
+            flags["extra_cuda_cflags"],
+            flags["extra_ldflags"],
+            extra_include_paths,
+            with_cuda,
+            False,
+            is_module=False,
+            texts={text: unit},
+            units=[text],
+        )
+        return dataclasses.replace(job, op=op, title=f"{op} [{backend}]")
+
     @property
     def label(self) -> str:
-        return f"{self.name} [{'cuda' if self.with_cuda else 'cpp'}]"
+        return self.title or f"{self.name} [{'cuda' if self.with_cuda else 'cpp'}]"
+
+    tier = tiers.ATEN
+
+    def library(self) -> Path:
+        """Return the library, the cached one or else a new one."""
+        return cache.obtain(self.key, label=self.label, build=self.build)
 
     def key(self) -> str:
         """Hash everything that decides what the library does."""
@@ -136,14 +181,7 @@ class Job:
 
         # torch passes flags through a shell, so one flag may be several words.
         cflags, cuda_cflags, ldflags = _words(self.cflags), _words(self.cuda_cflags), _words(self.ldflags)
-        torch_home = Path(torch.__file__).parent
-        folders = [*self.include_paths, *_includes.include_folders([*cflags, *cuda_cflags])]
-        scan = _includes.Scan([folder for folder in folders if torch_home not in folder.parents])
-        for spelling, text in self.texts.items():
-            scan.add_text(text, spelling)
-        for path in (*self.files, *_includes.included_files([*cflags, *cuda_cflags])):
-            if path.is_file():
-                scan.add_file(path, path.name)
+        scan = self._scan()
         return cache.digest(
             _FORMAT,
             self.name,
@@ -160,16 +198,44 @@ class Job:
             self._native_macros([*cflags, *cuda_cflags]),
         )
 
+    def _scan(self) -> _includes.Scan:
+        """Read what the user wrote, headers included."""
+        import torch
+
+        flags = [*_words(self.cflags), *_words(self.cuda_cflags)]
+        torch_home = Path(torch.__file__).parent
+        folders = [*self.include_paths, *_includes.include_folders(flags)]
+        scan = _includes.Scan([folder for folder in folders if torch_home not in folder.parents])
+        for spelling, text in self.texts.items():
+            scan.add_text(placed_nowhere(text), spelling)
+            for path in included_by_path(text):
+                scan.add_file(path, path.name)
+        for path in (*self.files, *_includes.included_files(flags)):
+            if path.is_file():
+                scan.add_file(path, path.name)
+        return scan
+
+    @property
+    def _memory_each(self) -> int:
+        return _jobs.NVCC_MEMORY if self.nvcc else _jobs.CXX_MEMORY
+
     def build(self, work: cache.Workspace) -> Path:
         final = cache.root() / "lib" / work.name
         for spelling, text in self.texts.items():
             (work.folder / spelling).write_text(text)
-        with building(self.label):
-            self._write_build_file(work.folder, final)
-            ninja = [str(toolchain.get_ninja()), "-v", *_job_limit()]
-            code, log = self._run_ninja(ninja, work.folder)
+        self._write_build_file(work.folder, final)
+        headers = self._place_headers(work.folder)
+        ninja = [str(toolchain.get_ninja()), "-v", "-j", str(_jobs.limit(self._memory_each))]
+        with building(self.label, steps=len(self.files) + len(self.units) + 1) as progress:
+            code, log = self._run_ninja(ninja, work.folder, progress)
+            if code and ((headers / _pch.NARROWED).exists() or f"{headers}/" in log or "PCH" in log):
+                shutil.rmtree(
+                    headers, ignore_errors=True
+                )  # now torch's own are found, the C++ frontend with them
+                code, log = self._run_ninja(ninja, work.folder, progress)
             if code:
                 raise self._failure(work, log)
+        shutil.rmtree(headers, ignore_errors=True)
         (work.folder / "log.txt").write_text(log)
         for path in work.folder.iterdir():
             if path.suffix in (".o", ".d", ".ninja") or path.name.startswith(".ninja"):
@@ -188,7 +254,7 @@ class Job:
             # torch passes -ccbin $CC itself, and nvcc takes one only.
             if "CC" not in os.environ and not names_host_compiler(words):
                 cuda_cflags = ["-ccbin", shlex.quote(str(self.cxx.path)), *cuda_cflags]
-            cuda_cflags = [*_CFLAGS, "--compiler-options", place, *cuda_cflags]
+            cuda_cflags = [*_CFLAGS, f"--compiler-options={place}", *cuda_cflags]
             ldflags += self._cuda_link_flags()
         _torch_build.write_build_file(
             folder,
@@ -203,6 +269,37 @@ class Job:
             cuda_home=toolchain.cuda_home(self.nvcc) if self.nvcc else None,
         )
 
+    def _place_headers(self, folder: Path) -> Path:
+        """Make the folder of headers that compilers look at first where it helps, and say where it is."""
+        headers, build_file, user_words = folder / "headers", folder / "build.ninja", _words(self.cflags)
+        scan = self._scan()
+        texts = [self.texts[unit] for unit in self.units]
+        texts += [
+            path.read_text(errors="replace") for path in self.files if path.suffix not in _CUDA_SUFFIXES
+        ]
+        narrow = scan.is_computed or _pch.NARROWED in scan.spellings
+        narrow = narrow and _pch.is_enough([*texts, *self.texts.values()])
+        starts = {_pch.first_header(text, self._own_text) for text in texts} - {None}
+        if narrow or starts:
+            _pch.place(
+                headers,
+                [start for start in starts if start],
+                narrow=narrow,
+                cxx=self.cxx,
+                words=_torch_build.cflags(build_file),
+                user_words=user_words,
+                user_folders=[*self.include_paths, *_includes.include_folders(user_words)],
+            )
+            _torch_build.search_first(build_file, headers)
+        return headers
+
+    def _own_text(self, name: str) -> str | None:
+        """Return the text of a file that a unit includes by its path, or by its name in the build folder."""
+        path = Path(name)
+        if name in self.texts or not (path.is_absolute() and path.is_file()):
+            return self.texts.get(name)
+        return path.read_text(errors="replace")
+
     def _cuda_link_flags(self) -> list[str]:
         """Return flags that find CUDA's runtime, and torch's CUDA libraries also where torch has none."""
         import torch
@@ -216,11 +313,11 @@ class Job:
         # The stubs define nothing, so a linker that keeps only what is used would not name them.
         return [*flags, f"-L{shlex.quote(str(stubs))}", "-Wl,--no-as-needed"]
 
-    def _run_ninja(self, ninja: Sequence[str], folder: Path) -> tuple[int, str]:
+    def _run_ninja(self, ninja: Sequence[str], folder: Path, progress: Progress) -> tuple[int, str]:
         process = subprocess.Popen(
             ninja,
             cwd=folder,
-            env=toolchain.build_environment(),
+            env={**toolchain.build_environment(), "NINJA_STATUS": "[%f/%t] "},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -232,9 +329,40 @@ class Job:
         with process:
             for line in process.stdout or ():
                 lines.append(line)
+                if status := _STATUS.match(line):
+                    progress.step(int(status[1]), of=int(status[2]))
                 if self.verbose:
-                    sys.stderr.write(line)
+                    progress.say(line.rstrip("\n"))
         return process.returncode, "".join(lines)
+
+    def compile_commands(self) -> list[dict[str, Any]]:
+        """Return how each source is compiled, as clangd reads it: directory, file, arguments.
+
+        Texts have no file outside of a build and are left out.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for spelling, text in self.texts.items():
+                (folder / spelling).write_text(text)
+            self._write_build_file(folder, folder)
+            ninja = [str(toolchain.get_ninja()), "-t", "compdb"]
+            done = subprocess.run(ninja, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+            sources = {str(path): path for path in self.files}
+            # What stands in for a source that shares its name with another one only includes it.
+            sources |= {
+                str(source): path
+                for path, source in zip(self.files, _distinct(self.files, folder, self.units), strict=True)
+            }
+        commands = []
+        for entry in json.loads(done.stdout):
+            if path := sources.get(entry["file"]):
+                words = [
+                    str(path) if word == entry["file"] else word for word in shlex.split(entry["command"])
+                ]
+                words = _without(words, ("-MMD", "-MD"), ("-MF", "-o"))  # what a build writes
+                words = [word for word in words if "-macro-prefix-map=" not in word]
+                commands.append({"directory": str(path.parent), "file": str(path), "arguments": words})
+        return commands
 
     def _failure(self, work: cache.Workspace, log: str) -> BuildError:
         """Keep the build folder, where ninja can be run again, and return the error that names it."""
@@ -250,6 +378,7 @@ class Job:
         return diagnostics.failure(
             log,
             label=self.label,
+            op=self.op,
             sources=[*self.files, *(kept / text for text in self.texts if not text.startswith("main."))],
             log_path=kept / "log.txt",
             command=failed[1].strip() if failed else ninja,
@@ -298,6 +427,21 @@ def _refuse_rocm(name: str) -> bool:
     return True
 
 
+def _fitting(name: str, nvcc: toolchain.Compiler) -> toolchain.Compiler:
+    """Return `nvcc` where code that it compiles runs beside torch's own CUDA."""
+    import torch
+
+    found = re.search(r"\brelease (\d+)\.(\d+)", nvcc.version)
+    expected = torch.version.cuda
+    if expected and found and found[1] != expected.split(".")[0]:
+        raise BuildError(
+            f"building {name}: nvcc is of CUDA {found[1]}.{found[2]} ({nvcc.path}) and torch {torch.__version__} of "
+            f"CUDA {expected}; expected one major version. Set CUDA_HOME to a toolkit of CUDA "
+            f"{expected.split('.')[0]}, or install a torch for CUDA {found[1]}."
+        )
+    return nvcc
+
+
 def _existing(name: str, path: Path) -> Path:
     if path.is_file():
         if path.suffix not in _SUFFIXES:
@@ -331,14 +475,14 @@ def _distinct(files: Sequence[Path], folder: Path, taken: Sequence[str]) -> list
     return sources
 
 
-def _job_limit() -> list[str]:
-    text = os.environ.get("MAX_JOBS", "").strip()
-    if text and not (text.isdigit() and int(text)):
-        raise ConfigError(
-            f"reading MAX_JOBS: found {text!r}; expected how many compilers may run at once, from 1. "
-            "Write for instance MAX_JOBS=2."
-        )
-    return ["-j", text] if text else []
+def _without(words: Sequence[str], options: Sequence[str], with_values: Sequence[str]) -> list[str]:
+    """Return a command's `words` without some options; of `with_values` the next word goes, too."""
+    kept, previous = [], ""
+    for word in words:
+        if word not in (*options, *with_values) and previous not in with_values:
+            kept.append(word)
+        previous = word
+    return kept
 
 
 def _words(flags: Sequence[str]) -> list[str]:

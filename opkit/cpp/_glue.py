@@ -42,7 +42,9 @@ def _parameter_type(param: Param) -> str:
     return text
 
 
-def unit_source(kernel: str, symbol: str, schema: Schema, plan: Plan | None, *, cuda: bool) -> str:
+def unit_source(
+    kernel: str, symbol: str, schema: Schema, plan: Plan | None, *, prelude: str = "", guard: str = ""
+) -> str:
     """Return the translation unit of a kernel: `kernel`, its text or an #include of it, then the glue."""
     if any(r.type.is_list for r in schema.results):
         raise BuildError(
@@ -60,8 +62,8 @@ def unit_source(kernel: str, symbol: str, schema: Schema, plan: Plan | None, *, 
             devices.append(f"t_{param.name}")
     body = [*before, *opened]
     body += [f"same_device({devices[0]}, {other});" for other in devices[1:]]
-    if cuda and devices:
-        body.append(f"DeviceGuard device_guard({devices[0]});")
+    if guard and devices:
+        body.append(guard.format(tensor=devices[0]))
     finish: list[str] = []
     if plan is not None:
         made, passed, finish = _outputs(plan)
@@ -74,17 +76,18 @@ def unit_source(kernel: str, symbol: str, schema: Schema, plan: Plan | None, *, 
             arguments.append(f"h_out{index}.open()")
     body.append(f"::{symbol}({', '.join(arguments)});")
     body += finish
-    lines = "\n".join(f"    {line}" for line in body)
+    lines = "\n".join(f"  {line}" for line in body)
     return f"""#define OPKIT_OP "{schema.name}"
+{prelude}
 {kernel}
 #include <opkit/glue.h>
 #line 1 "opkit glue of {schema.namespace}.{schema.opname}"
-extern "C" __attribute__((visibility("default"))) void opkit_call(uint64_t* stack, uint64_t, uint64_t) {{
-  using namespace opkit;
-  using namespace opkit::glue;
-  guarded([&] {{
+namespace opkit::glue {{  // so that the kernel's own names are no names here
+extern "C" __attribute__((visibility("default"))) void opkit_call(uint64_t* stack, uint64_t, uint64_t) try {{
 {lines}
-  }});
+}} catch (...) {{
+  raise(handled());  // with the op's name
+}}
 }}
 """
 
@@ -170,17 +173,43 @@ def _checks(plan: Plan) -> list[str]:
 def _outputs(plan: Plan) -> tuple[list[str], list[str], list[str]]:
     """Return C++ that allocates the outputs, that passes them on, and that puts them on the stack."""
     made, passed, finish = [], [], []
+    checked, agree, closed = [], [], []
+    first: dict[str, str] = {}
     for index, tensors in enumerate(plan.outputs):
         out = f"out{index}"  # not by name: an output may be called like an input
         made.append(f"Sizes s_{out};")
+        opened = [dim for dim in tensors.entry.dims if dim.is_open]
+        if opened:
+            made.append(f"Open o_{out};")
+            checked.append(f'o_{out}.check("{tensors.name}");')
+            closed.append(f'o_{out}.close(h_{out}, "{tensors.name}");')
+        for position, dim in enumerate(opened):
+            size = f'o_{out}.size({position}), "{tensors.name}"'
+            if first.setdefault(dim.text, size) != size:
+                agree.append(f'same_size("{dim.text}", {first[dim.text]}, {size});')
         for dim in tensors.entry.dims:
-            made.append(f"s_{out}.push({'_d_' + dim.text if dim.star else _cpp(dim)});")
+            pushed = _bound(dim, tensors.name, plan) if dim.is_open else dim
+            made.append(f"s_{out}.push({'_d_' + dim.text if dim.star else _cpp(pushed)});")
+            if dim.is_open:
+                made.append(f"o_{out}.add(s_{out}.count() - 1);")
         dtype, device = _dtype(tensors.dtype, plan), _first(plan, "device()")
         made.append(f"TensorArg h_{out};")
         made.append(f'allocate(h_{out}, "{tensors.name}", s_{out}, {dtype}, {device});')
-        passed.append(f"h_{out}.open()")
+        passed.append(f"h_{out}.open({f'o_{out}.found()' if opened else ''})")
         finish.append(f"stack[{index}] = h_{out}.release();")
-    return made, passed, finish
+    return made, passed, [*checked, *agree, *closed, *finish]
+
+
+def _bound(dim: Dim, output: str, plan: Plan) -> Dim:
+    """Return how large a data-dependent size may become."""
+    if dim.bound is None:
+        raise BuildError(
+            f"building {plan.schema.name}: the size {dim} of output {output} depends on data and has no bound, so "
+            f"the glue cannot allocate the output for a light kernel; expected a bound such as {dim}<=2*n. Write "
+            "it in the shape line, or register a Python kernel.",
+            op=plan.schema.name,
+        )
+    return dim.bound
 
 
 def _cpp(dim: Dim) -> str:

@@ -30,6 +30,8 @@ class Scan:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = list(folders)
         self.contents: list[tuple[str, str]] = []  # (as it was included, hash)
+        self.files: set[Path] = set()
+        self.spellings: set[str] = set()  # of every #include, whether it was found or not
         self.is_computed = False  # there is an `#include MACRO`, which only the preprocessor resolves
         self._seen: set[tuple[str, Path]] = set()
 
@@ -42,6 +44,7 @@ class Scan:
                 self.is_computed = True
                 continue
             name = os.fsdecode(found["quoted"] or found["angled"])
+            self.spellings.add(name)
             here = [folder] if folder and found["quoted"] else []
             self._add_included(name, [*here, *self.folders])
 
@@ -49,6 +52,7 @@ class Scan:
         """Take in a source file and, transitively, what it includes."""
         if (spelling, path) not in self._seen:
             self._seen.add((spelling, path))
+            self.files.add(path)
             self.add_text(path.read_bytes(), spelling, path.parent)
 
     def _add_included(self, name: str, folders: Iterable[Path]) -> None:

@@ -1,18 +1,20 @@
 """Native entry points as private ops of torch's dispatcher, through torch's C shim.
 
-Every library gets a name of its own, so that an edited kernel never meets the old one. What is
-registered stays for the life of the process, as the library does.
+Every library gets a name of its own, so that an edited kernel never meets the old one. It stays loaded
+for as long as somebody holds what `register` returned.
 """
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import functools
 import hashlib
-import inspect
+import os
 import re
 import subprocess
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,30 +22,78 @@ from typing import Any
 import torch
 
 from opkit import _torch
+from opkit.cpp import toolchain
 from opkit.errors import BuildError
 from opkit.spec.schema import Schema
 
 _NAMESPACE = "_opkit_native"
 _ABI = 0x020A000000000000  # torch 2.10, the version whose stack layout glue.h reads
 
-_registered: dict[tuple[str, str, str], tuple[Callable[..., Any], Any]] = {}
-_lock = threading.Lock()
+DTYPES = {
+    "uint8": 0,
+    "int8": 1,
+    "int16": 2,
+    "int32": 3,
+    "int64": 4,
+    "float16": 5,
+    "float32": 6,
+    "float64": 7,
+    "complex64": 9,
+    "complex128": 10,
+    "bool": 11,
+    "bfloat16": 15,
+    "float8_e5m2": 23,
+    "float8_e4m3fn": 24,
+    "float8_e5m2fnuz": 25,
+    "float8_e4m3fnuz": 26,
+    "uint16": 27,
+    "uint32": 28,
+    "uint64": 29,
+    "float8_e8m0fnu": 44,
+    "float4_e2m1fn_x2": 45,
+}
+"""The dtypes of opkit/kernel.h with their numbers, named as torch's C shim names them."""
+
+_loaded: weakref.WeakValueDictionary[tuple[str, str, str], Loaded] = weakref.WeakValueDictionary()
+_lock = threading.RLock()
 
 
-def register(path: Path, schema: Schema, device: str, *, with_outputs: bool) -> Callable[..., Any]:
-    """Load a library and return its entry point as a private op; `with_outputs` passes outputs in."""
+class Loaded:
+    """A library's entry point as a private op of torch, until nobody holds this."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+
+def register(path: Path, schema: Schema, device: str, *, with_outputs: bool, unload: bool = False) -> Loaded:
+    """Load a library and register its entry point with torch.
+
+    Args:
+        path: the library.
+        schema: the op's.
+        device: the device type that it is a kernel for.
+        with_outputs: the outputs are passed in, after the arguments.
+        unload: whether the library is unmapped when nobody holds the result; not for code that a device
+            may still be running then.
+
+    Raises:
+        BuildError: the library does not load, or torch refuses its entry point.
+    """
     declaration = _lowered(schema, with_outputs=with_outputs)
     key = (str(path), declaration, device)
     with _lock:
-        if key not in _registered:
-            _registered[key] = _define(path, schema, declaration, device)
-        return _registered[key][0]
+        found = _loaded.get(key)
+        if found is None:
+            found = _loaded[key] = _define(path, schema, declaration, device, unload)
+        return found
 
 
-def _define(path: Path, schema: Schema, declaration: str, device: str) -> tuple[Callable[..., Any], Any]:
+def _define(path: Path, schema: Schema, declaration: str, device: str, unload: bool) -> Loaded:
     shim = _shim()
     try:
-        entry = ctypes.CDLL(str(path)).opkit_call
+        opened = ctypes.CDLL(str(path))
+        boxed = getattr(opened, "opkit_call", None)
+        entry = boxed or opened.opkit_register
     except (OSError, AttributeError) as err:
         if "libtorch_cuda.so" in str(err) and torch.version.cuda is None:
             raise BuildError(
@@ -69,22 +119,51 @@ def _define(path: Path, schema: Schema, declaration: str, device: str) -> tuple[
     name = f"{schema.namespace}__{schema.opname}_{digest}"
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
     library.define(name + declaration)
-    handle = ctypes.c_void_p()
     dispatch_key = _torch.dispatch_key(device).encode()
-    pointer = ctypes.cast(entry, ctypes.c_void_p)
-    status = shim.aoti_torch_library_init_impl(
-        _NAMESPACE.encode(), dispatch_key, str(path).encode(), 1, ctypes.byref(handle)
-    )
-    if not status:
-        status = shim.torch_library_impl(handle, name.encode(), pointer, _ABI)
-    if status:
-        raise BuildError(
-            f"loading the kernel of {schema.name} from {path}: torch refused it for the device {device}. Expected "
-            "a device whose kernels torch's C shim registers: cpu, cuda or a plugin's.",
-            op=schema.name,
+    if boxed is not None:
+        handle = ctypes.c_void_p()
+        pointer = ctypes.cast(entry, ctypes.c_void_p)
+        status = shim.aoti_torch_library_init_impl(
+            _NAMESPACE.encode(), dispatch_key, str(path).encode(), 1, ctypes.byref(handle)
         )
-    overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    return overload, (library, handle)
+        if not status:
+            status = shim.torch_library_impl(handle, name.encode(), pointer, _ABI)
+        if status:
+            _torch.destroy(library)
+            raise BuildError(
+                f"loading the kernel of {schema.name} from {path}: torch refused it for the device {device}. "
+                "Expected a device whose kernels torch's C shim registers: cpu, cuda or a plugin's.",
+                op=schema.name,
+            )
+        withdraw = functools.partial(shim.aoti_torch_delete_library_object, handle)
+    else:
+        said = ctypes.create_string_buffer(4096)
+        entry.restype = ctypes.c_void_p
+        registered = entry(_NAMESPACE.encode(), name.encode(), dispatch_key, said, len(said))
+        if not registered:
+            _torch.destroy(library)
+            text = said.value.decode(errors="replace").strip()
+            raise BuildError(
+                f"loading the kernel of {schema.name} from {path}: torch refused its function for the device "
+                f"{device}:\n{text}\nExpected a function of the op's schema {schema}. Correct its parameters.",
+                op=schema.name,
+            )
+        withdraw = functools.partial(opened.opkit_unregister, ctypes.c_void_p(registered))
+    loaded = Loaded(getattr(getattr(torch.ops, _NAMESPACE), name).default)
+    library_handle = opened._handle if unload else None
+    end = weakref.finalize(loaded, _unload, name, withdraw, library, library_handle)
+    end.atexit = False  # torch may be gone by then
+    return loaded
+
+
+def _unload(name: str, withdraw: Callable[[], Any], library: Any, handle: int | None) -> None:
+    """Take the private op out of torch, then unmap the library."""
+    with _lock:
+        withdraw()
+        _torch.destroy(library)
+        vars(getattr(torch.ops, _NAMESPACE)).pop(name, None)
+        if handle is not None:
+            _ctypes.dlclose(handle)
 
 
 def _demangled(symbol: str) -> str:
@@ -107,8 +186,10 @@ def _lowered(schema: Schema, *, with_outputs: bool) -> str:
 @functools.cache
 def _shim() -> ctypes.CDLL:
     """Return torch's C shim, once its numbers for dtypes are known to be those of kernel.h."""
-    library = ctypes.CDLL(str(Path(inspect.getfile(torch)).parent / "lib" / "libtorch_cpu.so"))
+    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    library = ctypes.CDLL(path)
     library.torch_library_impl.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64]
+    library.aoti_torch_delete_library_object.argtypes = [ctypes.c_void_p]
     library.aoti_torch_library_init_impl.argtypes = [
         ctypes.c_char_p,
         ctypes.c_char_p,
@@ -116,19 +197,18 @@ def _shim() -> ctypes.CDLL:
         ctypes.c_uint32,
         ctypes.c_void_p,
     ]
-    for name, number in dtype_numbers().items():
-        if getattr(library, f"aoti_torch_dtype_{name}")() != number:
+    stat = os.stat(path)
+    toolchain.known(("dtypes", path, stat.st_size, stat.st_mtime_ns, DTYPES), lambda: _agreed(library))
+    return library
+
+
+def _agreed(shim: ctypes.CDLL) -> str:
+    """Compare torch's numbers for dtypes with those of kernel.h."""
+    for name, number in DTYPES.items():
+        ask = getattr(shim, f"aoti_torch_dtype_{name}", None)  # torch 2.11 cannot tell the newest dtypes
+        if ask is not None and ask() != number:
             raise BuildError(
                 f"loading a native kernel: torch {torch.__version__} has another number for {name} than "
                 "opkit/kernel.h. This opkit supports torch 2.11 to 2.15; install a newer opkit."
             )
-    return library
-
-
-def dtype_numbers() -> dict[str, int]:
-    """Return the dtypes of opkit/kernel.h with their numbers, named as torch's C shim names them."""
-    header = (Path(__file__).parent / "include" / "opkit" / "kernel.h").read_text()
-    body = re.search(r"enum class DType : int32_t \{(.*?)\};", header, re.DOTALL)
-    assert body is not None
-    pairs = re.findall(r"(\w+) = (\d+)", body.group(1))
-    return {("bool" if name == "boolean" else name): int(number) for name, number in pairs}
+    return "agreed"

@@ -1,38 +1,39 @@
-"""Where compiled libraries live: one folder per key, published whole, shared by all processes.
+"""Where compiled libraries live: found by their content, published whole, shared by all processes.
 
-    <OPKIT_CACHE_DIR>/lib/<name>/      a published library with its manifest, never changed afterwards
-                     /failed/<name>/   what a failed build left: log, command, generated sources
-                     /tmp/             builds in progress, each in a folder of its own
-                     /locks/           lock files, so that two processes do not do the same work twice
+    <OPKIT_CACHE_DIR>/lib/<name>/<variant>/   a published library, its manifest beside it, see _manifest
+                     /failed/<name>/          what a failed build left: log, command, generated sources
+                     /tmp/                    builds in progress, each in a folder of its own
+                     /locks/                  who builds what, see _turn
+                     /live/                   what live processes hold, see _live
+                     /size                    of all of lib/, about, see tidy
 
-Being right does not depend on the locks: a build happens in a private folder and appears by one
-rename. This module knows nothing of compilers.
+A name is a label and a key, which the caller computes from content. What a library depends on beside
+that is in its manifest, and libraries that differ only there are variants of one name.
+
+Being right does not depend on locks: a build happens in a private folder and appears by one rename.
+This module knows nothing of compilers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import json
 import os
 import re
 import shutil
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from opkit import _config
+from opkit.cpp import _live, _manifest, _roots
+from opkit.cpp._manifest import Manifest, Record
 from opkit.errors import BuildError
 
-_MANIFEST = "manifest.json"
-_SAY_AFTER = 2.0  # seconds of waiting for another process before a line on stderr
-_PATIENCE = 1800.0  # a builder that was stopped, not killed, keeps its lock: then build it too
-_FAILED_FOR = 7 * 86400.0  # seconds that the remains of a failed build are kept
+_NO_NAME = re.compile(r"[^A-Za-z0-9_.]+")
 _ATTEMPTS = 3
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Workspace:
@@ -41,6 +42,21 @@ class Workspace:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
+        self._started = folder.stat().st_ctime_ns
+        self._depends: dict[str, None] = {}
+
+    def depend_on(self, paths: Iterable[str | os.PathLike[str]]) -> None:
+        """Say that what is built depends on the content of `paths`, beside what the key stands for.
+
+        Relative paths are in the folder. What is within the folder itself is left out.
+        """
+        own = f"{self.folder}/"
+        for path in paths:
+            text = os.path.join(own, path)
+            if text.startswith(own):  # out of the folder again by `..`, and the folder will not be there
+                text = os.path.realpath(text)
+            if not text.startswith(f"{os.path.realpath(own)}/"):
+                self._depends[text] = None
 
     def keep(self) -> Path:
         """Move the folder to where failed builds are found, and return where that is."""
@@ -48,7 +64,7 @@ class Workspace:
         for _ in range(_ATTEMPTS):
             shutil.rmtree(target, ignore_errors=True)
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
+                target.parent.mkdir(mode=0o755, exist_ok=True)
                 os.rename(self.folder, target)
             except OSError:  # another process keeps the same failure right now
                 continue
@@ -56,14 +72,40 @@ class Workspace:
             break
         return self.folder
 
+    def _records(self, seen: dict[str, int]) -> list[Record] | None:
+        """Return what the build depended on, or None where some of it changed while it ran.
+
+        `seen` has the times of change that earlier attempts met: a file that was not touched since is
+        good, whatever the clock of its file system says.
+        """
+        records, good = [], True
+        for path in self._depends:
+            try:
+                changed = os.stat(path).st_ctime_ns
+                records.append(Record.of(path, _manifest.portable(path)))
+                good &= changed == os.stat(path).st_ctime_ns
+            except OSError:
+                return None
+            good &= changed <= self._started or changed == seen.get(path)
+            seen[path] = changed
+        return records if good else None
+
 
 def root() -> Path:
     """Return the cache folder: OPKIT_CACHE_DIR.
 
     By default `opkit` in the first of TORCH_EXTENSIONS_DIR, XDG_CACHE_HOME and ~/.cache that is set.
     """
-    folder: Path = _config.get("OPKIT_CACHE_DIR")
-    return folder.absolute()
+    return Path(_roots.own())
+
+
+def roots() -> list[Path]:
+    """Return every folder that is looked in: `root()`, then those of OPKIT_CACHE_PATH.
+
+    Raises:
+        BuildError: somebody else may write one of them.
+    """
+    return [Path(folder) for folder in _roots.readable("opening the cache")]
 
 
 def slug(text: str) -> str:
@@ -72,7 +114,7 @@ def slug(text: str) -> str:
     >>> slug("demo::rms_norm [cpp]")
     'demo-rms_norm-cpp'
     """
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")[:80] or "kernel"
+    return _NO_NAME.sub("-", text).strip("-.")[:80] or "kernel"
 
 
 def digest(*parts: object) -> str:
@@ -85,15 +127,14 @@ def digest(*parts: object) -> str:
 
 
 def find(name: str) -> Path | None:
-    """Return the library published as `name`, or None where there is none or it is damaged."""
-    folder = root() / "lib" / name
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
-        library = folder / manifest["library"]
-        whole = hashlib.sha256(library.read_bytes()).hexdigest() == manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return library if whole else None
+    """Return the library published as `name`; None where it is absent, damaged or out of date.
+
+    Looks in OPKIT_CACHE_DIR, then in each folder of OPKIT_CACHE_PATH.
+
+    Raises:
+        BuildError: somebody else may write one of the folders.
+    """
+    return _find(name, f"looking for {name}")
 
 
 def obtain(key: Callable[[], str], *, label: str, build: Callable[[Workspace], Path]) -> Path:
@@ -106,126 +147,174 @@ def obtain(key: Callable[[], str], *, label: str, build: Callable[[Workspace], P
         build: builds in the workspace it is given and returns the library in it.
 
     Raises:
-        BuildError: `build` raised it, the cache folder cannot be written, or the sources keep changing.
+        BuildError: `build` raised it, here or in the process that this one waited for; the cache folder
+            cannot be written, or others may write it; or the sources keep changing.
     """
-    prefix = slug(label)
+    doing, prefix = f"building {label}", slug(label)
     name = f"{prefix}-{key()}"
+    if library := _find(name, doing):
+        return library
+    from opkit.cpp import _turn, tidy  # a hit needs neither
+
+    seen: dict[str, int] = {}
     for _ in range(_ATTEMPTS):
-        if library := find(name):
-            return library
-        with _lock(name, label):
-            if library := find(name):
+        folder = _roots.make(doing)
+        with contextlib.ExitStack() as stack:
+            with writing(doing):
+                try:
+                    turn = stack.enter_context(_turn.take(Path(folder, "locks", f"{name}.lock"), label))
+                except FileNotFoundError:  # the cache folder went away
+                    continue
+            if library := _find(name, doing):
                 return library
-            with _workspace(name, label) as work:
-                library = build(work)
-                now = f"{prefix}-{key()}"
-                if now == name:
-                    return _publish(work, library, label)
-        name = now
+            if turn.failure:
+                raise turn.failure
+            try:
+                library = _fetch(name, label) or _build(name, label, build, key, seen)
+            except BuildError as error:
+                turn.failed(error)
+                raise
+        if library:
+            with contextlib.suppress(OSError):  # what was built is there all the same
+                tidy.evict(folder, _config.get("OPKIT_CACHE_LIMIT"), f"{name}/{library.parent.name}")
+            return library
+        name = f"{prefix}-{key()}"
     raise BuildError(
-        f"building {label}: its sources changed during each of {_ATTEMPTS} builds; "
+        f"building {label}: its sources, or the cache folder {root()}, changed during each of {_ATTEMPTS} builds; "
         "expected them to hold still for one. Build again when nothing writes them."
     )
 
 
-def _publish(work: Workspace, library: Path, label: str) -> Path:
-    """Make the workspace the entry of its name, all of it at once."""
-    entry = root() / "lib" / work.name
-    with _writing(label):
-        content = library.read_bytes()
-        manifest = work.folder / _MANIFEST
-        sha256 = hashlib.sha256(content).hexdigest()
-        manifest.write_text(json.dumps({"library": library.name, "sha256": sha256, "label": label}))
-        for file in (library, manifest):  # else a power cut after the rename leaves empty files
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        entry.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def workspace(name: str, label: str) -> Iterator[Workspace]:
+    """Give a folder to build in; it is collected after this process is gone."""
+    from opkit.cpp import tidy
+
+    doing = f"building {label}"
+    folder = _roots.make(doing)
+    tidy.collect(folder)
+    with writing(doing):
+        own = Path(folder, "tmp", tidy.folder_name(name, _live.own_id(folder)))
+        own.mkdir(mode=0o755)
+        work = Workspace(own, name)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def publish(work: Workspace, library: str, label: str, depends: list[Record]) -> Path:
+    """Make the workspace an entry of its name, all of it at once, and return the library in it."""
+    doing, folder = f"building {label}", _roots.own()
+    with writing(doing):
+        with os.scandir(work.folder) as found:
+            names = sorted(file.name for file in found if file.is_file(follow_symlinks=False))
+        files = [_settled(work.folder / name, name == library) for name in names]
+        manifest = Manifest(work.name, label, library, files, depends)
+        _manifest.write(str(work.folder), manifest)
+        entry = Path(folder, "lib", work.name, manifest.variant)
+        _live.hold(folder, f"{work.name}/{manifest.variant}")
         for _ in range(_ATTEMPTS):
-            try:
-                os.rename(work.folder, entry)
-            except OSError:
-                if theirs := find(work.name):  # somebody was faster: the same content
-                    return theirs
-                if not entry.exists():
-                    raise
-                damaged = root() / "tmp" / f"damaged-{uuid.uuid4().hex}"
-                with contextlib.suppress(OSError):
-                    os.rename(entry, damaged)
-                shutil.rmtree(damaged, ignore_errors=True)
-            else:
-                return entry / library.name
+            with contextlib.suppress(FileNotFoundError):  # the folder around it was empty and is removed
+                entry.parent.mkdir(mode=0o755, exist_ok=True)
+                try:
+                    os.rename(work.folder, entry)
+                    return entry / library
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                        raise
+                theirs = _manifest.read(str(entry), work.name)
+                if theirs and _manifest.Check().holds(theirs.files, str(entry)):  # somebody was faster
+                    return entry / theirs.library
+                from opkit.cpp import tidy
+
+                tidy.discard(folder, str(entry))
     raise BuildError(
         f"building {label}: {entry} is damaged and cannot be replaced. Remove it, or set OPKIT_CACHE_DIR "
         "to another folder."
     )
 
 
+def _find(name: str, doing: str) -> Path | None:
+    check = _manifest.Check()
+    for is_other, folder in enumerate(_roots.readable(doing)):
+        try:
+            variants = os.listdir(f"{folder}/lib/{name}")
+        except OSError:
+            continue
+        for variant in variants:
+            entry = f"{folder}/lib/{name}/{variant}"
+            manifest = _manifest.read(entry, name)
+            check.found_other_times = False
+            if manifest is None or not (check.holds(manifest.files, entry) and check.holds(manifest.depends)):
+                continue
+            if not is_other and not _take(folder, entry, manifest, check.found_other_times):
+                continue
+            return Path(entry, manifest.library)
+    return None
+
+
+def _take(folder: str, entry: str, manifest: Manifest, found_other_times: bool) -> bool:
+    """Say that this process has the entry and when; return whether it is still there."""
+    file = f"{entry}/{_manifest.NAME}"
+    if _live.hold(folder, f"{manifest.name}/{os.path.basename(entry)}"):
+        try:
+            os.utime(file)
+        except FileNotFoundError:
+            return False
+        except OSError:  # a cache that this process may only read
+            return os.path.exists(file)
+    if found_other_times:
+        _manifest.refresh(entry, manifest, f"{folder}/tmp")
+    return True
+
+
+def _build(
+    name: str,
+    label: str,
+    build: Callable[[Workspace], Path],
+    key: Callable[[], str],
+    seen: dict[str, int],
+) -> Path | None:
+    """Build and publish; None where sources changed meanwhile, or the folder went away."""
+    with workspace(name, label) as work:
+        try:
+            library = build(work)
+            if f"{slug(label)}-{key()}" != name:
+                return None
+            depends = work._records(seen)
+            return None if depends is None else publish(work, library.name, label, depends)
+        except Exception as error:
+            if not work.folder.is_dir():
+                return None
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise _roots.unwritable(f"building {label}", error) from error
+            raise
+
+
+def _fetch(name: str, label: str) -> Path | None:
+    if not (url := _config.get("OPKIT_CACHE_REMOTE")):
+        return None
+    from opkit.cpp import remote
+
+    return remote.fetch(url, name, label)
+
+
+def _settled(path: Path, is_library: bool) -> Record:
+    """Return the record of a file that is complete: of an earlier time, so that any write to it shows."""
+    path.chmod(path.stat().st_mode & ~0o022)
+    now = int(time.time()) - 10
+    os.utime(path, (now, now))
+    if is_library:  # else a power cut after the rename leaves an empty file
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    return Record.of(str(path), path.name)
+
+
 @contextlib.contextmanager
-def _writing(label: str) -> Iterator[None]:
+def writing(doing: str) -> Iterator[None]:
+    """Turn a failure to write the cache folder into an error that names it."""
     try:
         yield
     except OSError as error:
-        raise BuildError(
-            f"building {label}: the cache folder {root()} cannot be written ({error.strerror or error}); "
-            "expected a folder that this user may write and that has room. Set OPKIT_CACHE_DIR to one."
-        ) from error
-
-
-@contextlib.contextmanager
-def _lock(name: str, label: str) -> Iterator[None]:
-    """Hold the lock of `name`, which the system releases when its holder dies."""
-    folder = root() / "locks"
-    with _writing(label):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{name}.lock")
-    try:
-        try:
-            lock.acquire(timeout=_SAY_AFTER)
-        except Timeout:
-            if sys.stderr:
-                print(f"opkit: waiting for another process that builds {label}", file=sys.stderr, flush=True)
-            with contextlib.suppress(Timeout):
-                lock.acquire(timeout=_PATIENCE)
-    except (OSError, NotImplementedError):
-        pass  # a file system without locks: two processes may build the same, one of them is kept
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _workspace(name: str, label: str) -> Iterator[Workspace]:
-    """Give a folder to build in, whose owner is known to live as long as its lock is held."""
-    _collect()
-    own = root() / "tmp" / f"{name}-{uuid.uuid4().hex[:12]}"
-    lock = FileLock(f"{own}.lock")
-    with _writing(label):
-        own.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError, NotImplementedError):  # no locks here: then nobody collects either
-            lock.acquire(timeout=0)  # before the folder exists: a folder without a held lock has no owner
-        own.mkdir()
-    try:
-        yield Workspace(own, name)
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-        lock.release()
-        Path(f"{own}.lock").unlink(missing_ok=True)
-
-
-def _collect() -> None:
-    """Remove what killed builds left, and what failed ones left long ago."""
-    with contextlib.suppress(OSError):
-        for folder in (root() / "tmp").iterdir():
-            if folder.suffix == ".lock" or not folder.is_dir():
-                continue
-            lock = FileLock(f"{folder}.lock")
-            with contextlib.suppress(Timeout, OSError, NotImplementedError):
-                lock.acquire(timeout=0)
-                shutil.rmtree(folder, ignore_errors=True)
-                lock.release()
-                Path(f"{folder}.lock").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        for folder in (root() / "failed").iterdir():
-            if time.time() - folder.stat().st_mtime > _FAILED_FOR:
-                shutil.rmtree(folder, ignore_errors=True)
+        raise _roots.unwritable(doing, error) from error

@@ -1,231 +1,276 @@
-"""One translation unit to one shared library, through the cache.
+"""Translation units to one shared library, through the cache, by opkit's own driver.
 
 The library is linked against empty stubs with the names of torch's libraries: what it needs of
-torch is found in the process that loads it, so building needs no torch and takes a tenth of a
-second. What is in the unit is the business of whoever writes it (`opkit.cpp.light`).
+torch is found in the process that loads it, so linking needs no torch and takes no time. What is
+in the units is the business of whoever writes them (`opkit.cpp.light`, `opkit.cpp.extension`).
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import hashlib
+import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
-import tempfile
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from opkit.cpp import _includes, cache, diagnostics, toolchain
-from opkit.cpp._progress import building
+from opkit.cpp import _includes, _jobs, cache, diagnostics, prebuilt, toolchain, toolchains
+from opkit.cpp import tier as tiers
+from opkit.cpp._progress import Progress, building
 from opkit.cpp.toolchain import Compiler
+from opkit.cpp.toolchains import Options, Toolchain
 from opkit.errors import BuildError
 
 INCLUDE = Path(__file__).parent / "include"
+_HEADERS = sorted(f"{folder}/{name}" for folder, _, names in os.walk(INCLUDE) for name in names)
 
-_FORMAT = 2  # raise it when what is built from the same source changes
-_CXX_FLAGS = (
-    "-O3",
-    "-DNDEBUG",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fopenmp-simd",  # `#pragma omp simd` without OpenMP's library
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",  # fused multiply-add, which gcc switches off under -std=c++20
-)
-_CUDA_FLAGS = ("-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--expt-extended-lambda")
+_FORMAT = 3  # raise it when what is built from the same source changes
+_ENTRY = 1  # raise it when a library that was built before could no longer be called
+_MEMORY = 1 << 30  # bytes that a compiler may need without torch's full headers
 # Flags that put file names or line numbers into the library.
 _KEEPS_PLACES = ("-g", "--coverage", "-ftest-coverage", "-lineinfo", "--generate-line-info", "-G")
 _INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"(/[^"\n]+)"', re.MULTILINE)
 _PLACED = re.compile(r'^[ \t]*#[ \t]*line[ \t]+\d+[ \t]+"([^"\n]+)"', re.MULTILINE)
 
 
-def shared_library(
-    unit: str,
-    *,
-    label: str,
-    op: str | None = None,
-    cuda: bool = False,
-    include_paths: Sequence[Path] = (),
-    extra_cflags: Sequence[str] = (),
-    extra_cuda_cflags: Sequence[str] = (),
-    extra_ldflags: Sequence[str] = (),
-) -> Path:
-    """Compile one translation unit and return the shared library's path.
+@dataclass(frozen=True)
+class Unit:
+    """One translation unit: a text, which may include the user's files by absolute path."""
 
-    What was built before, by any process, is returned without compiling and without a word.
+    name: str
+    """The file that the text is written to; unique in its job."""
+    text: str
+    toolchain: Toolchain
+    meaning: str | None = None
+    """What the text says beside the user's source, where that is generated and may be worded anew."""
 
-    >>> shared_library('extern "C" int one() { return 1; }', label="doc [cpp]")  # doctest: +SKIP
-    PosixPath('.../doc-cpp-0f3a.../doc-cpp.so')
-
-    Args:
-        unit: the source text; it includes the user's files by absolute path.
-        label: what is built, for texts: `demo::rms_norm [cpp]`.
-        op: the op's qualified name, for the error.
-        cuda: compile with nvcc for `toolchain.cuda_architectures()`.
-        include_paths: folders for `#include`, after opkit's own.
-        extra_cflags: flags for the C++ compiler, which also compiles the host part of CUDA code.
-        extra_cuda_cflags: flags for nvcc.
-        extra_ldflags: flags for the linker.
-
-    Raises:
-        BuildError: it does not compile; the error lines are in the text and in `diagnostics`.
-    """
-    cxx = toolchain.get_cxx()
-    job = _Job(
-        unit=unit,
-        label=label,
-        op=op,
-        cxx=cxx,
-        nvcc=toolchain.get_nvcc() if cuda else None,
-        architectures=toolchain.cuda_architectures() if cuda else (),
-        include_paths=(INCLUDE, *(path.absolute() for path in include_paths)),
-        cflags=tuple(flag.strip() for flag in extra_cflags),
-        cuda_cflags=tuple(flag.strip() for flag in extra_cuda_cflags),
-        ldflags=tuple(flag.strip() for flag in extra_ldflags),
-    )
-    return cache.obtain(job.key, label=label, build=job.build)
+    @classmethod
+    def of_file(cls, path: Path, index: int, compiled_by: Toolchain) -> Unit:
+        """Return the unit that a user's file is by itself."""
+        return cls(f"{index}_{path.stem}{path.suffix}", f'#include "{path}"\n', compiled_by)
 
 
 @dataclass(frozen=True)
-class _Job:
-    unit: str
+class Job:
+    """One shared library to be built: everything that decides what it is.
+
+    Args:
+        label: what is built, for texts: `demo::rms_norm [cpp]`.
+        units: what is compiled. A single C++ unit is compiled and linked in one step.
+        op: the op's qualified name, for the error.
+        tier: how much of torch it uses.
+        include_paths: folders for `#include`, after opkit's own.
+        cflags: flags for the C++ compiler, which also compiles the host part of CUDA code.
+        cuda_cflags: flags for nvcc.
+        ldflags: flags for the linker.
+        module: the name of the Python module that the library is, or None.
+        carried: a folder that may hold the library prebuilt, see `opkit.cpp.prebuilt`.
+        verbose: show on stderr what is run.
+        spellings: the names that the sources include, where they are known already.
+    """
+
     label: str
-    op: str | None
-    cxx: Compiler
-    nvcc: Compiler | None
-    architectures: tuple[str, ...]
-    include_paths: tuple[Path, ...]
-    cflags: tuple[str, ...]
-    cuda_cflags: tuple[str, ...]
-    ldflags: tuple[str, ...]
+    units: tuple[Unit, ...]
+    op: str | None = None
+    tier: str = tiers.LIGHT
+    include_paths: tuple[Path, ...] = ()
+    cflags: tuple[str, ...] = ()
+    cuda_cflags: tuple[str, ...] = ()
+    ldflags: tuple[str, ...] = ()
+    module: str | None = None
+    carried: Path | None = None
+    verbose: bool = False
+    spellings: frozenset[str] | None = None
 
-    @functools.cached_property
-    def sources(self) -> list[Path]:
-        """The user's files: those that the unit includes by absolute path, and those that its text is from."""
-        placed = [name for name in _PLACED.findall(self.unit) if name.startswith("/")]
-        return [Path(name) for name in dict.fromkeys([*_INCLUDED.findall(self.unit), *placed])]
+    def library(self) -> Path:
+        """Return the library: the prebuilt one, the cached one, or else a new one.
 
-    @property
-    def keeps_places(self) -> bool:
-        return any(flag.startswith(_KEEPS_PLACES) for flag in (*self.cflags, *self.cuda_cflags))
+        What was built before, by any process, is returned without compiling and without a word.
 
-    @property
-    def unit_name(self) -> str:
-        return "unit.cu" if self.nvcc else "unit.cpp"
+        Raises:
+            BuildError: it does not compile; the error lines are in the text and in `diagnostics`.
+        """
+        if found := self.prebuilt():
+            return found
+        for used in self._toolchains:
+            if used.find() is None:
+                _refuse(used, self.label, self.op)
+        toolchain.get_cxx()
+        return cache.obtain(self.key, label=self.label, build=self.build)
 
-    def key(self) -> str:
-        """Hash everything that decides what the library does: no paths, no times."""
+    def prebuilt(self) -> Path | None:
+        """Return the library that the package brings along, or None; needs no compiler."""
+        if self.carried is None or not self.carried.is_dir():
+            return None
+        name = f"{cache.slug(self.label)}-{self.source_key()}"
+        return prebuilt.find(self.carried, name, self.architectures)
+
+    # ---------------------------------------------------------------- keys
+
+    def source_key(self) -> str:
+        """Hash what the library computes: no compiler, no paths, no times, and not how opkit words its glue.
+
+        So a library that a package carries fits later versions of opkit.
+        """
+        scan = self._scan(meanings=True)
+        flags = (*self.cflags, *self.cuda_cflags)
         return cache.digest(
-            _FORMAT,
+            _ENTRY,
             (sys.platform, platform.machine()),
-            (self.cxx.version, self.nvcc.version if self.nvcc else None),
-            (_CXX_FLAGS, _CUDA_FLAGS if self.nvcc else ()),
-            self.architectures,
+            [(unit.name, unit.toolchain.name, unit.toolchain.abi) for unit in self.units],
+            self.module and (self.module, sysconfig.get_config_var("EXT_SUFFIX")),
+            scan.contents,
             _includes.without_paths(self.cflags),
             _includes.without_paths(self.cuda_cflags),
-            self.ldflags,
+            _includes.without_paths(self.ldflags),
             _includes.linked_files(self.ldflags),
-            _includes.variables(),
-            self._preprocessed(),
-            self._scanned(),
+            [str(path) for path in self._sources] if _keeps_places(flags) else (),
         )
 
+    def key(self) -> str:
+        """Hash what the library computes and how it is compiled: still no paths and no times."""
+        cxx = toolchain.get_cxx()
+        return cache.digest(
+            _FORMAT,
+            self.source_key(),
+            [placed_nowhere(unit.text) for unit in self.units],
+            _package_headers(),
+            cxx.version,
+            [(used.flags, _compiler(used).version, used.architectures()) for used in self._toolchains],
+            self._system.versions,
+            _includes.variables(),
+            toolchain.native_macros(cxx, (*self.cflags, *self.cuda_cflags)),
+        )
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The devices that it is compiled for."""
+        return tuple(a for used in self._toolchains for a in used.architectures())
+
+    # ---------------------------------------------------------------- building
+
     def build(self, work: cache.Workspace) -> Path:
-        library = work.folder / f"{cache.slug(self.label)}.so"
-        (work.folder / self.unit_name).write_text(self.unit)
-        if self.nvcc:
-            steps = [
-                [*self._compile(), "-c", self.unit_name, "-o", "unit.o"],
-                [*self.cxx.command, "unit.o", *self._link(library.name)],
-            ]
+        """Compile and link in the workspace; see `cache.obtain`."""
+        library = work.folder / (f"{self.module}.so" if self.module else f"{cache.slug(self.label)}.so")
+        for unit in self.units:
+            (work.folder / unit.name).write_text(unit.text)
+        whole = len(self.units) == 1 and self.units[0].toolchain is toolchains.CPP
+        steps = [[*self._command(unit), *_dependency_flags(unit)] for unit in self.units]
+        if whole:
+            steps = [[*steps[0], self.units[0].name, *self._link(library.name, ())]]
         else:
-            steps = [[*self._compile(), self.unit_name, *self._link(library.name)]]
-        log = ""
-        with building(self.label):
-            for step in steps:
-                done = _run(step, cwd=work.folder)
-                log += f"$ {shlex.join(step)}\n{done.stdout}"
-                if done.returncode:
-                    raise self._failure(work, step, log, done.stdout)
+            for step, unit in zip(steps, self.units, strict=True):
+                step += ["-c", unit.name, "-o", f"{unit.name}.o"]
+        count = len(steps) + (not whole)
+        with building(self.label, steps=count) as progress:
+            log = self._run(work, steps, "", progress)
+            if not whole:
+                objects = [f"{unit.name}.o" for unit in self.units]
+                link = [*toolchain.get_cxx().command, *self._link(library.name, objects)]
+                log = self._run(work, [link], log, progress, done=len(steps))
         (work.folder / "log.txt").write_text(log)
-        (work.folder / "unit.o").unlink(missing_ok=True)
+        scanned = self._scan().files
+        inside = (work.folder, INCLUDE, *self._system.known)
+        found = {path for unit in self.units for path in _dependencies(work.folder / f"{unit.name}.d")}
+        work.depend_on(
+            sorted(path for path in found - scanned if not any(folder in path.parents for folder in inside))
+        )
+        for unit in self.units:
+            (work.folder / f"{unit.name}.d").unlink(missing_ok=True)
+            (work.folder / f"{unit.name}.o").unlink(missing_ok=True)
         return library
 
-    def _compile(self) -> list[str]:
-        folders = [f"-I{path}" for path in self.include_paths]
-        host = [*_CXX_FLAGS, *self._relative_places(), *self.cflags]
-        if not self.nvcc:
-            return [*self.cxx.command, "-std=c++20", *folders, *host]
-        # A comma separates options for the host compiler.
-        forwarded = [word for flag in host for word in ("--compiler-options", flag.replace(",", "\\,"))]
+    def compile_commands(self) -> list[dict[str, Any]]:
+        """Return the entries of compile_commands.json for the user's files, as clangd reads them."""
         return [
-            *self.nvcc.command,
-            *([] if names_host_compiler(self.cuda_cflags) else ["-ccbin", str(self.cxx.path)]),
-            *([] if any(flag.startswith(("-std", "--std")) for flag in self.cuda_cflags) else ["-std=c++20"]),
-            *folders,
-            *_CUDA_FLAGS,
-            *toolchain.gencode_flags(self.architectures),
-            *forwarded,
-            *self.cuda_cflags,
+            {
+                "directory": str(path.parent),
+                "file": str(path),
+                "arguments": [*self._command(unit), "-c", str(path)],
+            }
+            for unit in self.units
+            for path in included_by_path(unit.text)
         ]
 
-    def _link(self, output: str) -> list[str]:
-        # --no-as-needed: torch loads its libraries so that only those find their symbols that name them.
-        stubs = stub_libraries(self.cxx, ("libtorch_cpu.so", "libtorch_cuda.so"))
-        flags = ["-shared", "-o", output, f"-L{stubs}", "-Wl,--no-as-needed", "-ltorch_cpu"]
-        if self.nvcc:
-            folders = toolchain.cuda_library_folders(self.nvcc)
-            flags += ["-ltorch_cuda", *(f"-L{folder}" for folder in folders)]
-            flags += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    def _run(
+        self, work: cache.Workspace, steps: list[list[str]], log: str, progress: Progress, done: int = 0
+    ) -> str:
+        """Run steps that do not depend on each other, and return the log with what they said."""
+        units = self.units if not done else (None,)  # the link is of none
+        outputs: list[subprocess.CompletedProcess[str]] = []
+        with concurrent.futures.ThreadPoolExecutor(min(len(steps), _jobs.limit(_MEMORY))) as pool:
+            for output in pool.map(functools.partial(self._execute, work), steps, units):
+                outputs.append(output)
+                progress.step(done + len(outputs))
+        for output in outputs:
+            said = f"$ {shlex.join(output.args)}\n{output.stdout}"
+            if self.verbose and sys.stderr:
+                sys.stderr.write(said)
+            log += said
+        for output in outputs:
+            if output.returncode:
+                raise self._failure(work, output.args, log, output.stdout)
+        return log
+
+    def _execute(
+        self, work: cache.Workspace, step: list[str], unit: Unit | None
+    ) -> subprocess.CompletedProcess[str]:
+        if unit is None or unit.toolchain.compile is None:
+            return _execute(step, folder=work.folder)
+        return unit.toolchain.compile(
+            work.folder / unit.name,
+            work.folder / f"{unit.name}.o",
+            options=self._options(unit),
+            label=self.label,
+            op=self.op,
+            execute=functools.partial(_execute, folder=work.folder),
+        )
+
+    def _command(self, unit: Unit) -> list[str]:
+        return list(unit.toolchain.command(self._options(unit)))
+
+    def _options(self, unit: Unit) -> Options:
+        used, flags = unit.toolchain, (*self.cflags, *self.cuda_cflags)
+        own = self.cuda_cflags if used is not toolchains.CPP else ()
+        folders = dict.fromkeys([INCLUDE, *self.include_paths, *(path.parent for path in self._sources)])
+        # Without the folder of a source in `__FILE__` the library is the same wherever it is built; a
+        # debugger needs it.
+        places = [] if _keeps_places(flags) else [f"-fmacro-prefix-map={folder}/=" for folder in folders]
+        named = [f"-DTORCH_EXTENSION_NAME={self.module}"] if self.module else []
+        return Options(
+            compiler=_compiler(used),
+            cxx=toolchain.get_cxx(),
+            include_paths=(INCLUDE, *self.include_paths),
+            system_paths=self._system.folders,
+            defines=(*self._system.defines, *named),
+            cflags=(*places, *self.cflags),
+            own_flags=own,
+            architectures=used.architectures(),
+        )
+
+    def _link(self, output: str, objects: Sequence[str]) -> list[str]:
+        cxx = toolchain.get_cxx()
+        flags = [*objects, "-shared", "-o", output]
+        if self._system.needs_torch:
+            # --no-as-needed: torch loads its libraries so that only those find their symbols that name them.
+            names = dict.fromkeys(["libtorch_cpu.so", *(n for t in self._toolchains for n in t.libraries)])
+            flags += [f"-L{stub_libraries(cxx, tuple(names))}", "-Wl,--no-as-needed"]
+            flags += [f"-l:{name}" for name in names]
+            if not self.ldflags:
+                # torch draws in the C and C++ libraries, so naming them again finds nothing more; reading them
+                # is most of what linking takes, and their versioned symbols would bind the library to this system.
+                flags += ["-nodefaultlibs", "-lgcc"]
+        for used in self._toolchains:
+            flags += used.link_flags(_compiler(used))
         return [*flags, *self.ldflags]
-
-    def _relative_places(self) -> list[str]:
-        """Return flags that keep the folder of a source out of `__FILE__`, and so out of the key."""
-        if self.keeps_places:  # a debugger needs them
-            return []
-        folders = dict.fromkeys([*self.include_paths, *(path.parent for path in self.sources)])
-        return [f"-fmacro-prefix-map={folder}/=" for folder in folders]
-
-    def _preprocessed(self) -> str:
-        """Hash what the compiler sees after preprocessing, with every macro (-march=native shows there)."""
-        command = [*self._compile(), "-E"]
-        if not self.nvcc:
-            command += ["-dD", *([] if self.keeps_places else ["-P"]), "-x", "c++", "-"]
-            done = _run(command, stdin=self.unit)
-        else:
-            # nvcc preprocesses for one architecture; what is only in the others is in _scanned.
-            command = [word for word in command if not word.startswith("-gencode")]
-            command += [*toolchain.gencode_flags(self.architectures[:1])[:1], "--compiler-options", "-dD"]
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / self.unit_name).write_text(self.unit)
-                done = _run([*command, self.unit_name], cwd=Path(folder))
-        text = done.stdout
-        if done.returncode:
-            # It will not compile either, and the compiler says why. Were it to, the key is computed
-            # again after the build and differs.
-            return f"not preprocessed: {hashlib.sha256(self.unit.encode()).hexdigest()}"
-        if self.nvcc and not self.keeps_places:
-            text = re.sub(r"^#(?:line)? \d+ .*\n", "", text, flags=re.MULTILINE)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _scanned(self) -> list[tuple[str, str]]:
-        """Hash the user's text and headers for CUDA, what is under `#if __CUDA_ARCH__` included."""
-        if not self.nvcc:
-            return []
-        flags = (*self.cflags, *self.cuda_cflags)
-        scan = _includes.Scan([*self.include_paths, *_includes.include_folders(flags)])
-        # Neither where the text is from nor the folders of files; a Python file is not read.
-        scan.add_text(_PLACED.sub("", _INCLUDED.sub("", self.unit)), self.unit_name)
-        included = [Path(name) for name in _INCLUDED.findall(self.unit)]
-        for path in (*included, *_includes.included_files(flags)):
-            if path.is_file():
-                scan.add_file(path, path.name)
-        return scan.contents
 
     def _failure(self, work: cache.Workspace, step: list[str], log: str, output: str) -> BuildError:
         """Keep the log, the source and a script beside them, and return the error that names them."""
@@ -234,30 +279,151 @@ class _Job:
         command = shlex.join(step)
         (kept / "command.sh").write_text(f"#!/bin/sh\ncd {shlex.quote(str(kept))} && LC_ALL=C {command}\n")
         (kept / "log.txt").write_text(log)
-        output = re.sub(rf"(?m)^{re.escape(self.unit_name)}(?=[:(])", str(kept / self.unit_name), output)
+        for unit in self.units:
+            output = re.sub(rf"(?m)^{re.escape(unit.name)}(?=[:(])", str(kept / unit.name), output)
         return diagnostics.failure(
             output,
             label=self.label,
             op=self.op,
-            sources=self.sources,
+            sources=self._sources,
             log_path=kept / "log.txt",
             command=command,
             command_path=kept / "command.sh",
         )
 
+    # ---------------------------------------------------------------- what is in it
 
-def names_host_compiler(flags: Sequence[str]) -> bool:
-    """Whether nvcc's `flags` say which C++ compiler it uses."""
-    return any(flag.startswith(("-ccbin", "--compiler-bindir")) for flag in flags)
+    @functools.cached_property
+    def _sources(self) -> list[Path]:
+        """The user's files: those that units include by absolute path, and those that their text is from."""
+        return list(dict.fromkeys(path for unit in self.units for path in _sources(unit)))
+
+    @functools.cached_property
+    def _toolchains(self) -> list[Toolchain]:
+        return list(dict.fromkeys(unit.toolchain for unit in self.units))
+
+    @functools.cached_property
+    def _system(self) -> tiers.System:
+        """The headers of torch and Python that the sources want."""
+        spellings = self._scan().spellings if self.spellings is None else self.spellings
+        return tiers.system(spellings, is_module=self.module is not None)
+
+    def _scan(self, *, meanings: bool = False) -> _includes.Scan:
+        """Read the texts, or what they mean, and the user's headers as they are now."""
+        flags = (*self.cflags, *self.cuda_cflags)
+        scan = _includes.Scan([*self.include_paths, *_includes.include_folders(flags)])
+        for unit in self.units:
+            text = placed_nowhere(unit.text)
+            scan.add_text(unit.meaning if meanings and unit.meaning is not None else text, unit.name)
+            for path in included_by_path(unit.text):
+                scan.add_file(path, path.name)
+        for path in _includes.included_files(flags):
+            if path.is_file():
+                scan.add_file(path, path.name)
+        return scan
+
+
+@functools.cache
+def _package_headers() -> str:
+    """Hash opkit's own headers, which are the same for every kernel of the process."""
+    stamps = [
+        (path, (stat := os.stat(path)).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path in _HEADERS
+    ]
+
+    def read() -> str:
+        contents = [(path.relative_to(INCLUDE), path.read_bytes()) for path in map(Path, _HEADERS)]
+        return cache.digest(*((str(name), hashlib.sha256(content).hexdigest()) for name, content in contents))
+
+    return toolchain.known(("headers", *stamps), read)
+
+
+def placed_nowhere(text: str) -> str:
+    """Return a unit's text without where it is from and the folders of the files that it includes."""
+    return _PLACED.sub("", _INCLUDED.sub("", text))
+
+
+def included_by_path(text: str) -> list[Path]:
+    """Return the files that a unit's text includes by absolute path; a Python file that it is from is none."""
+    return [path for path in map(Path, _INCLUDED.findall(text)) if path.is_file()]
+
+
+def _compiler(used: Toolchain) -> Compiler:
+    """Return the toolchain's compiler.
+
+    Raises:
+        BuildError: there is none on this machine.
+    """
+    return used.find() or _refuse(used, "a kernel", None)
+
+
+def _refuse(used: Toolchain, label: str, op: str | None) -> Any:
+    if used is toolchains.CPP:
+        toolchain.get_cxx()
+    if used is toolchains.CUDA:
+        toolchain.get_nvcc()
+    raise BuildError(
+        f"building {label}: the toolchain {used.name} has no compiler here: {used.why_none()}. Expected one that "
+        f"compiles {', '.join(used.suffixes)}. Install it, or register another kernel for the op.",
+        op=op,
+    )
+
+
+def _sources(unit: Unit) -> list[Path]:
+    placed = [name for name in _PLACED.findall(unit.text) if name.startswith("/")]
+    return [Path(name) for name in dict.fromkeys([*_INCLUDED.findall(unit.text), *placed])]
+
+
+def _execute(step: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        step,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=toolchain.build_environment(folder),
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+
+
+def _keeps_places(flags: Sequence[str]) -> bool:
+    return any(flag.startswith(_KEEPS_PLACES) for flag in flags)
+
+
+def _dependency_flags(unit: Unit) -> list[str]:
+    return ["-MD", "-MF", f"{unit.name}.d"]
+
+
+def _dependencies(file: Path) -> set[Path]:
+    """Return the files that a compiler's depfile names; what is no absolute path is in the workspace."""
+    try:
+        text = file.read_text(errors="surrogateescape")
+    except OSError:  # the toolchain writes none
+        return set()
+    _, _, listed = text.replace("\\\n", " ").partition(": ")
+    names = re.findall(r"(?:\\.|[^\s\\])+", listed)
+    paths = {Path(re.sub(r"\\(.)", r"\1", name).replace("$$", "$")) for name in names}
+    return {path for path in paths if path.is_absolute()}
 
 
 def stub_libraries(cxx: Compiler, names: Sequence[str]) -> Path:
     """Return a folder with empty shared libraries called `names`, to link against."""
+    names = sorted(set(names))
 
     def build(work: cache.Workspace) -> Path:
         for name in names:
-            command = [*cxx.command, "-shared", "-nostdlib", f"-Wl,-soname,{name}", "-x", "c++", "/dev/null"]
-            done = _run([*command, "-o", str(work.folder / name)])
+            command = [
+                *cxx.command,
+                "-shared",
+                "-nostdlib",
+                f"-Wl,-soname,{name}",
+                "-x",
+                "assembler",
+                "/dev/null",
+            ]
+            done = _execute([*command, "-o", name], work.folder)
             if done.returncode:
                 raise diagnostics.failure(done.stdout, label=f"a stub of {name}", command=shlex.join(command))
         return work.folder / names[0]
@@ -266,21 +432,3 @@ def stub_libraries(cxx: Compiler, names: Sequence[str]) -> Path:
         return cache.digest(_FORMAT, sys.platform, platform.machine(), cxx.version, tuple(names))
 
     return cache.obtain(key, label="stubs", build=build).parent
-
-
-def _run(
-    command: Sequence[str], *, cwd: Path | None = None, stdin: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=toolchain.build_environment(),
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )

@@ -6,11 +6,14 @@ it runs nothing.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from opkit.errors import BuildError, Diagnostic
 
@@ -45,6 +48,36 @@ _CONTEXT = re.compile(r"^In file included from |: (?:In |At global scope)")  # g
 _REQUESTED = re.compile(r"requested here")
 _AT_LINE = re.compile(r"\bat line (?P<line>\d+)(?: of (?P<file>\S+))?")
 _KILLED = re.compile(r"Killed signal|signal 9|signal terminated program|Killed$", re.MULTILINE)
+
+_NO_FILE = re.compile(
+    r"^(?P<a>[^\s:]+): No such file or directory|^'(?P<b>[^']+)' file not found"
+    r"|cannot open source file \"(?P<c>[^\"]+)\""
+)
+_NO_LIBRARY = re.compile(r"cannot find -l(?P<name>\S+?):?(?:$|\s)")
+_NO_ARCHITECTURE = re.compile(
+    r"Unsupported gpu architecture '(?P<a>\w+)'|Value '(?P<b>sm_\w+)' is not defined for option"
+)
+_UNDEFINED = re.compile(r"undefined symbol: (?P<name>\w+)")
+# What a symbol belongs to, by its demangled name, and what to do where it is missing.
+_MISSING = (
+    (
+        re.compile(r"^cuda[A-Z]|^__cuda|^cu[A-Z]"),
+        "It is of CUDA's runtime: pass with_cuda=True, or name the library in extra_ldflags (-lcudart, -lcuda).",
+    ),
+    (
+        re.compile(r"^(?:cublas|cudnn|cufft|curand|cusparse|cusolver|nccl)"),
+        "It is of one of CUDA's libraries: name that in extra_ldflags, such as -lcublas.",
+    ),
+    (
+        re.compile(r"\b(?:at|c10|caffe2|torch)::|^(?:aoti_torch|torch)_|^THP"),
+        "It is torch's, and the torch of this process ({torch}) does not export it: the library was compiled for "
+        "another torch, or the function is internal. Build it again with this torch, or call a public function.",
+    ),
+    (
+        re.compile(r"^_?Py[A-Z]|^_Py_"),
+        "It is Python's: the library was compiled for another Python. Build it again with this one.",
+    ),
+)
 
 
 @dataclass
@@ -131,6 +164,8 @@ def failure(
         lines += finding.lines[:_LINES]
     if len(findings) > _SHOWN:
         lines.append(f"{len(findings) - _SHOWN} more errors are in the log")
+    if findings and (advice := _advice(findings[0].diagnostic.message)):
+        lines.append(advice)
     if not findings:
         lines += output.strip().splitlines()[-8:]
     if log_path:
@@ -144,6 +179,87 @@ def failure(
         log_path=log_path,
         command=command,
     )
+
+
+def unloadable(error: Exception, *, label: str, op: str | None = None) -> BuildError:
+    """Return the BuildError for a library that was built and does not load.
+
+    >>> print(unloadable(OSError("k.so: undefined symbol: _Z3fooi"), label="k [cpp]"))
+    loading k [cpp]: it needs foo(int), which no library of this process defines; expected every function that it \
+calls to be defined. Add the source that defines it to the sources, or name its library in extra_ldflags.
+
+    Args:
+        error: what the loader raised.
+        label: what was loaded: `demo::f [cpp]`.
+        op: the op's qualified name, if it is one op's.
+    """
+    found = _UNDEFINED.search(str(error))
+    if found is None:
+        return BuildError(f"loading {label}: {error}.", op=op)
+    name = demangled(found["name"])
+    advice = "Add the source that defines it to the sources, or name its library in extra_ldflags."
+    for pattern, what in _MISSING:
+        if pattern.search(name):
+            advice = what.format(torch=_torch_version())
+            break
+    return BuildError(
+        f"loading {label}: it needs {name}, which no library of this process defines; expected every function "
+        f"that it calls to be defined. {advice}",
+        op=op,
+    )
+
+
+def demangled(symbol: str) -> str:
+    """Return a symbol as it reads in C++.
+
+    >>> demangled("_ZN4demo3addEfi"), demangled("cudaMalloc")
+    ('demo::add(float, int)', 'cudaMalloc')
+    """
+    status = ctypes.c_int()
+    try:
+        function = _demangler()
+    except (OSError, AttributeError):
+        return symbol
+    text = function(symbol.encode(), None, None, ctypes.byref(status))
+    if status.value or not text:
+        return symbol
+    try:
+        return ctypes.string_at(text).decode(errors="replace")
+    finally:
+        ctypes.CDLL(None).free(ctypes.c_void_p(text))
+
+
+@functools.cache
+def _demangler() -> Any:
+    function = ctypes.CDLL("libstdc++.so.6")["__cxa_demangle"]
+    function.restype = ctypes.c_void_p
+    function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return function
+
+
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__
+
+
+def _advice(message: str) -> str:
+    """Return what to do about an error whose cause is outside the source."""
+    if found := _NO_FILE.search(message):
+        name = found["a"] or found["b"] or found["c"]
+        if name.startswith(("c10/cuda/impl/", "ATen/cuda/")) or name.endswith("cuda_cmake_macros.h"):
+            return f"{name} is missing from a torch without CUDA. Install a torch for CUDA, or do without ATen/cuda."
+        if name == "Python.h":
+            return "Install Python's headers: apt install python3-dev, dnf install python3-devel."
+        return f"Name the folder that has {name} in extra_include_paths, or correct the #include."
+    if found := _NO_LIBRARY.search(message):
+        return f"Name the folder of lib{found['name']}.so in extra_ldflags: -L<folder>."
+    if found := _NO_ARCHITECTURE.search(message):
+        return (
+            f"This nvcc does not know {found['a'] or found['b']}. Set TORCH_CUDA_ARCH_LIST to architectures that "
+            "it knows (nvcc --list-gpu-arch), such as '9.0', or install another CUDA toolkit."
+        )
+    return ""
 
 
 def _headline(findings: list[Finding], output: str) -> str:

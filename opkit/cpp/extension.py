@@ -1,9 +1,8 @@
-"""Extensions with torch's headers: pybind11 modules, TORCH_LIBRARY blocks and CUDA sources.
+"""Extensions: pybind11 modules, TORCH_LIBRARY blocks and CUDA sources, in every tier.
 
-`load`, `load_inline` and `build` take torch.utils.cpp_extension's parameters. torch writes the
-build file; everything around it is opkit's: a folder named by the content, one lock that dies with
-its holder, nothing remembered of a failed build. So a name says nothing about what is loaded, the
-content does.
+`load`, `load_inline` and `build` take torch.utils.cpp_extension's parameters. Sources with torch's full
+headers are built as torch would (`opkit.cpp._aten`), others by opkit's own driver. A name says nothing
+about what is loaded, the content does.
 """
 
 from __future__ import annotations
@@ -12,12 +11,15 @@ import importlib.util
 import json
 import os
 import re
+import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from opkit.cpp import _arguments, cache
+from opkit.cpp import _arguments, _includes, compile, diagnostics, toolchains
+from opkit.cpp import tier as tiers
 from opkit.cpp._aten import Job, Sources
 from opkit.errors import BuildError
 
@@ -38,8 +40,10 @@ def load(
     extra_ldflags: Sequence[str] | None = None,
     extra_include_paths: Sequence[str | os.PathLike[str]] | None = None,
     is_python_module: bool = True,
+    build_directory: str | os.PathLike[str] | None = None,
     with_cuda: bool | None = None,
     verbose: bool = False,
+    tier: str | None = None,
 ) -> Any:
     """Build an extension if its content is new, load it, and return the module.
 
@@ -53,10 +57,14 @@ def load(
         extra_cuda_cflags: flags for nvcc, after `-O3 -DNDEBUG`.
         extra_ldflags: flags for the linker.
         extra_include_paths: folders for `#include`.
+        build_directory: a folder to put a copy of the library into, as `<name>.so`. What is loaded is
+            the one in the cache, since a path that is loaded already would give its old content again.
         is_python_module: False for a library that registers ops: it is loaded with
             `torch.ops.load_library`, and its path is returned as a string.
         with_cuda: link CUDA's libraries; by default where a source is a `.cu` file.
-        verbose: show on stderr what ninja runs.
+        verbose: show on stderr what is run.
+        tier: `light` for sources without a header of torch, `stable` for torch's stable ABI, `aten` for any
+            other; by default what the sources include tells.
 
     Returns:
         The module, or the library's path where `is_python_module` is False.
@@ -75,7 +83,9 @@ def load(
         verbose,
         is_module=is_python_module,
     )
-    return _open(job, cache.obtain(job.key, label=job.label, build=job.build), is_python_module)
+    library = _library(job, tier)
+    _copy_into(build_directory, library, job.label)
+    return _open(job, library, is_python_module)
 
 
 def load_inline(
@@ -89,6 +99,7 @@ def load_inline(
     extra_ldflags: Sequence[str] | None = None,
     extra_include_paths: Sequence[str | os.PathLike[str]] | None = None,
     is_python_module: bool = True,
+    build_directory: str | os.PathLike[str] | None = None,
     with_cuda: bool | None = None,
     verbose: bool = False,
     with_pytorch_error_handling: bool = True,
@@ -108,6 +119,7 @@ def load_inline(
         extra_cuda_cflags: see `load`.
         extra_ldflags: see `load`.
         extra_include_paths: see `load`.
+        build_directory: see `load`.
         is_python_module: see `load`.
         with_cuda: see `load`.
         verbose: see `load`.
@@ -150,7 +162,7 @@ def load_inline(
         units=units,
     )
     try:
-        library = cache.obtain(job.key, label=job.label, build=job.build)
+        library = job.library()
     except BuildError as err:
         wrong = {d.line for d in err.diagnostics if d.file == _EXPORTS}
         names = [repr(name) for line, name in enumerate(exported or (), 1) if line in wrong]
@@ -163,6 +175,7 @@ def load_inline(
             log_path=err.log_path,
             command=err.command,
         ) from None
+    _copy_into(build_directory, library, job.label)
     return _open(job, library, is_python_module)
 
 
@@ -176,6 +189,7 @@ def build(
     extra_include_paths: Sequence[str | os.PathLike[str]] | None = None,
     with_cuda: bool | None = None,
     verbose: bool = False,
+    tier: str | None = None,
 ) -> Path:
     """Build an extension if its content is new, load nothing, and return the library's path.
 
@@ -190,6 +204,7 @@ def build(
         extra_include_paths: see `load`.
         with_cuda: see `load`.
         verbose: see `load`.
+        tier: see `load`.
 
     Raises:
         BuildError: it does not compile.
@@ -205,7 +220,59 @@ def build(
         verbose,
         is_module=False,
     )
-    return cache.obtain(job.key, label=job.label, build=job.build)
+    return _library(job, tier)
+
+
+def _library(job: Job, tier: str | None) -> Path:
+    """Return the built library, by the driver of its tier."""
+    tiers.check(f"building {job.name}", tier)
+    if tier is None:
+        scan = _includes.Scan([*job.include_paths, *_includes.include_folders(job.cflags)])
+        for spelling, text in job.texts.items():
+            scan.add_text(text, spelling)
+        for path in job.files:
+            scan.add_file(path, path.name)
+        tier = tiers.ATEN if scan.is_computed else tiers.infer(scan.spellings)
+    units = []
+    for index, path in enumerate(job.files):
+        if used := toolchains.for_suffix(path.suffix):
+            units.append(compile.Unit.of_file(path, index, used))
+    for name in job.units:
+        if used := toolchains.for_suffix(Path(name).suffix):
+            units.append(compile.Unit(name, job.texts[name], used))
+    if tier == tiers.ATEN or len(units) != len(job.files) + len(job.units):
+        return job.library()
+    return compile.Job(
+        label=job.label,
+        units=tuple(units),
+        tier=tier,
+        include_paths=job.include_paths,
+        cflags=job.cflags,
+        cuda_cflags=job.cuda_cflags,
+        ldflags=job.ldflags,
+        module=job.name,
+        verbose=job.verbose,
+    ).library()
+
+
+def _copy_into(folder: str | os.PathLike[str] | None, library: Path, label: str) -> None:
+    """Put a copy of `library` into `folder`, in one step for whoever reads it meanwhile."""
+    if folder is None:
+        return
+    target = Path(folder) / library.name
+    unfinished = target.with_name(f".{library.name}.{uuid.uuid4().hex}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(library, unfinished)
+            os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise BuildError(
+            f"building {label}: its library cannot be put into build_directory {str(folder)!r} "
+            f"({error.strerror or error}); expected a folder that this user may write. Name another one."
+        ) from error
 
 
 def _open(job: Job, path: Path, is_python_module: bool) -> Any:
@@ -223,13 +290,12 @@ def _open(job: Job, path: Path, is_python_module: bool) -> Any:
     try:
         result = _import(job.name, path) if is_python_module else _load_library(path)
     except (ImportError, OSError) as error:
-        advice = "Define the missing symbol or name its library in extra_ldflags."
-        if "module export function" in str(error):
-            advice = (
-                "Write PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) for a module, or pass is_python_module=False "
-                "for a library that only registers ops."
-            )
-        raise BuildError(f"loading {job.label}: {error}. {advice}") from error
+        if "module export function" not in str(error):
+            raise diagnostics.unloadable(error, label=job.label) from error
+        raise BuildError(
+            f"loading {job.label}: {error}. Write PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) for a module, or pass "
+            "is_python_module=False for a library that only registers ops."
+        ) from error
     _blocks.update(dict.fromkeys(namespaces, path))
     return result
 
@@ -240,7 +306,7 @@ def _import(name: str, path: Path) -> ModuleType:
     if path not in _modules:
         # pybind11 3 keeps modules by the name in their spec (pybind11.h, cached_create_module): a second
         # content under one name would silently be the first one. What stands before the dot tells them apart.
-        spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{name}", path)
+        spec = importlib.util.spec_from_file_location(f"{path.parent.parent.name}-{path.parent.name}.{name}", path)
         if spec is None or spec.loader is None:
             raise ImportError(f"{path} is no extension module of this Python")
         module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""The light tier: a plain C++ or CUDA function becomes a kernel of an op.
+"""Native source as a kernel of an op: a plain C++ or CUDA function in the light tier, or one over torch's tensors.
 
 `kernel(...)` only remembers the source. `Source.bind` writes boxed glue from the schema and the shape
 line, compiles both as one unit, and registers the entry point with torch.
@@ -11,21 +11,22 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from opkit.cpp import _arguments, toolchain
-from opkit.cpp._glue import signature, unit_source
-from opkit.cpp._native import register
-from opkit.cpp.compile import shared_library
-from opkit.errors import BuildError
+from opkit.cpp import _arguments, _aten, _boxed, _glue, _includes, nvrtc, prebuilt, toolchains
+from opkit.cpp import tier as tiers
+from opkit.cpp import toolchain as compilers
+from opkit.cpp._native import Loaded, register
+from opkit.cpp.compile import Job, Unit
+from opkit.cpp.toolchains import Toolchain
+from opkit.errors import BuildError, did_you_mean
 from opkit.spec.plan import OutputMeta, Plan
 from opkit.spec.schema import Schema
 
-_SUFFIXES = (".cpp", ".cc", ".cxx", ".c", ".cu")
 # In the name of a file these end what compilers' messages are parsed for, or the string after #line.
 _UNREADABLE = re.compile(r'[:()"\\\x00-\x1f]')
 
@@ -37,12 +38,14 @@ class Source:
     path: Path | None
     text: str | None
     symbol: str | None
-    cuda: bool
+    toolchain: Toolchain
     where: str
     place: str
     """What the compiler calls source text; without the colons and parentheses that its messages use."""
     line: int = 1
     """The line of `place` where source text begins."""
+    tier: str | None = None
+    """`light`, `stable` or `aten`; None where what the source includes tells."""
     extra_cflags: tuple[str, ...] = ()
     extra_cuda_cflags: tuple[str, ...] = ()
     extra_ldflags: tuple[str, ...] = ()
@@ -54,36 +57,98 @@ class Source:
     @property
     def backend(self) -> str:
         """The backend that such source is registered under when nothing else is said."""
-        return "cuda" if self.cuda else "cpp"
+        return self.toolchain.name
 
     def unavailable(self) -> str | None:
         """Return why it cannot be built on this machine, or None."""
         if not sys.platform.startswith("linux"):
             return f"opkit builds native kernels on Linux, this is {sys.platform}"
-        if self.cuda and toolchain.find_nvcc() is None:
-            return toolchain.why_no_nvcc()
-        if toolchain.find_cxx() is None:  # nvcc needs it too
-            return toolchain.why_no_cxx()
+        used = self._compiled_by()
+        if used.find() is None:
+            return used.why_none()
+        if compilers.find_cxx() is None:  # it links, and nvcc needs it too
+            return compilers.why_no_cxx()
         return None
 
-    def build(self, schema: Schema, plan: Plan | None, backend: str) -> Path:
-        """Compile the kernel with its glue for an op, and return the library's path."""
-        text = f'#include "{self.path}"' if self.path else f'#line {self.line} "{self.place}"\n{self.text}'
-        unit = unit_source(text, self.symbol or schema.opname, schema, plan, cuda=self.cuda)
+    def is_carried(self, schema: Schema, plan: Plan | None, backend: str) -> bool:
+        """Whether the package brings the kernel along compiled, so that it needs no compiler here."""
+        if self.path is None or not (self.path.parent / prebuilt.FOLDER).is_dir():
+            return False
         try:
-            return shared_library(
-                unit,
-                label=f"{schema.name} [{backend}]",
+            job = self.job(schema, plan, backend)
+        except BuildError:  # without a compiler, the aten tier cannot say what it builds
+            return False
+        return isinstance(job, Job) and job.prebuilt() is not None
+
+    def _compiled_by(self) -> Toolchain:
+        """Return the toolchain; where it is nvcc, which is not there, NVRTC for a light kernel."""
+        if self.toolchain is not toolchains.CUDA or toolchains.CUDA.find() or not nvrtc.TOOLCHAIN.find():
+            return self.toolchain
+        return nvrtc.TOOLCHAIN if self._tier() == tiers.LIGHT else self.toolchain
+
+    def _tier(self) -> str:
+        return self.tier or tiers.infer(self._spellings())
+
+    def job(self, schema: Schema, plan: Plan | None, backend: str) -> Job | _aten.Job:
+        """Return what is to be built for an op.
+
+        Raises:
+            BuildError: the source cannot become a kernel of the op.
+        """
+        symbol, label = self.symbol or schema.opname, f"{schema.name} [{backend}]"
+        text = f'#include "{self.path}"' if self.path else f'#line {self.line} "{self.place}"\n{self.text}'
+        spellings = self._spellings()
+        used = self.tier or tiers.infer(spellings)
+        if used != tiers.LIGHT:
+            _boxed.refuse_registrations(self._read(), schema)
+        if used == tiers.ATEN:
+            return _aten.Job.of_kernel(
+                _boxed.aten_unit(text, symbol, schema),
                 op=schema.name,
-                cuda=self.cuda,
-                include_paths=self.extra_include_paths,
+                backend=backend,
+                with_cuda=self.toolchain is toolchains.CUDA,
                 extra_cflags=self.extra_cflags,
                 extra_cuda_cflags=self.extra_cuda_cflags,
                 extra_ldflags=self.extra_ldflags,
+                extra_include_paths=self.extra_include_paths,
             )
+        if used == tiers.STABLE:
+            unit = _boxed.stable_unit(text, symbol, schema)
+        else:
+            unit = _glue.unit_source(
+                text, symbol, schema, plan, prelude=self.toolchain.prelude, guard=self.toolchain.guard
+            )
+        meaning = (
+            f"{self.text or ''}\n// {schema} {plan and plan.line} {symbol} {used} {self.toolchain.guard}"
+        )
+        return Job(
+            label=label,
+            units=(Unit(f"unit{self.toolchain.suffixes[0]}", unit, self._compiled_by(), meaning),),
+            op=schema.name,
+            tier=used,
+            include_paths=self.extra_include_paths,
+            cflags=self.extra_cflags,
+            cuda_cflags=self.extra_cuda_cflags,
+            ldflags=self.extra_ldflags,
+            carried=self.path.parent / prebuilt.FOLDER if self.path else None,
+            spellings=frozenset({*spellings, "opkit/glue.h"}),
+        )
+
+    def build(self, schema: Schema, plan: Plan | None, backend: str) -> Path:
+        """Compile the kernel with its glue for an op, and return the library's path."""
+        return self._library(self.job(schema, plan, backend), schema)
+
+    def _library(self, job: Job | _aten.Job, schema: Schema) -> Path:
+        try:
+            return job.library()
         except BuildError as err:
             if any(d.file.startswith("opkit glue") for d in err.diagnostics):
-                form = signature(self.symbol or schema.opname, schema)
+                symbol, used = self.symbol or schema.opname, job.tier
+                form = (
+                    _glue.signature(symbol, schema)
+                    if used == tiers.LIGHT
+                    else _boxed.signature(symbol, schema, used)
+                )
                 raise BuildError(
                     f"{err}\nThe kernel must be a function of this form:\n    {form}",
                     op=schema.name,
@@ -100,11 +165,20 @@ class Source:
         device: str,
         metas: Callable[[Sequence[Any]], tuple[Sequence[OutputMeta], torch.device | None]],
         backend: str,
-    ) -> Callable[..., Any]:
-        """Return the built kernel as a function of all arguments; `metas` describes outputs without a plan."""
-        call = register(self.build(schema, plan, backend), schema, device, with_outputs=plan is None)
-        if plan is not None or not schema.results:
-            return call
+    ) -> Bound:
+        """Return the built kernel, ready to be called; `metas` describes outputs without a plan."""
+        job = self.job(schema, plan, backend)
+        allocates = job.tier != tiers.LIGHT
+        library = register(
+            self._library(job, schema),
+            schema,
+            device,
+            with_outputs=plan is None and not allocates,
+            unload=self.toolchain is toolchains.CPP,
+        )
+        call = library.call
+        if plan is not None or allocates or not schema.results:
+            return Bound(call, allocates, library)
 
         def with_metas(*values: Any) -> Any:
             described, common = metas(values)
@@ -115,7 +189,33 @@ class Source:
             call(*values, *outputs)
             return schema.raw(outputs)
 
-        return with_metas
+        return Bound(with_metas, allocates, library)
+
+    def _spellings(self) -> set[str]:
+        """Return what the source includes, and what the user's headers that it includes do."""
+        scan = _includes.Scan([*self.extra_include_paths, *_includes.include_folders(self.extra_cflags)])
+        if self.path and self.path.is_file():
+            scan.add_file(self.path, self.path.name)
+        elif self.text:
+            scan.add_text(self.text, "text")
+        return scan.spellings
+
+    def _read(self) -> str:
+        if self.text is not None:
+            return self.text
+        assert self.path is not None
+        return self.path.read_text(errors="replace") if self.path.is_file() else ""
+
+
+class Bound(NamedTuple):
+    """A kernel that is built and loaded."""
+
+    call: Callable[..., Any]
+    """Takes all arguments in schema order."""
+    allocates: bool
+    """Whether the outputs are the kernel's own, and so to be checked."""
+    library: Loaded
+    """Keeps the library loaded."""
 
 
 def kernel(
@@ -127,11 +227,14 @@ def kernel(
     extra_ldflags: Sequence[str] = (),
     extra_include_paths: Sequence[str | Path] = (),
     cuda: bool | None = None,
+    tier: str | None = None,
+    toolchain: str | None = None,
 ) -> Source:
     """Name native source as a kernel for `Op.register_kernel`; it is compiled on first use.
 
-    The function is called like the op without its namespace, takes the inputs in schema order and
-    then the outputs, and includes only `opkit/kernel.h`.
+    The function is called like the op without its namespace. One that includes only `opkit/kernel.h`, in
+    the light tier, takes the inputs in schema order and then the outputs. One that includes headers of torch
+    takes tensors and returns tensors, of torch's stable ABI or of ATen.
 
     Args:
         source: a path, relative to the calling file, or the source text itself.
@@ -141,10 +244,13 @@ def kernel(
         extra_ldflags: more flags for the linker.
         extra_include_paths: folders for `#include`, relative to the calling file.
         cuda: whether nvcc compiles it; by default where the path ends in `.cu`.
+        tier: `light`, `stable` or `aten`; by default what the source includes tells.
+        toolchain: the name of the toolchain that compiles source text, `cpp` or `cuda` or a plugin's;
+            a file's suffix tells it.
 
     Raises:
-        BuildError: the file does not exist, or is not C++ or CUDA source by its suffix; or an argument is
-            of the wrong kind.
+        BuildError: the file does not exist, or no toolchain has its suffix; or an argument is of the wrong
+            kind.
 
     Example:
         >>> import opkit, torch
@@ -174,6 +280,7 @@ def kernel(
             for folder in _arguments.folders(doing, "extra_include_paths", extra_include_paths)
         ),
     }
+    tiers.check(doing, tier)
     if not isinstance(source, (str, Path)) or not str(source).strip():
         raise BuildError(
             f"naming a kernel: its source is {source!r}; expected a path to C++ or CUDA source, or the source "
@@ -183,21 +290,41 @@ def kernel(
         file, number = frame.f_code.co_filename, frame.f_lineno
         place, line = _place(source, file, number)
         where = f"source at {file}:{number}"
-        return Source(None, source, symbol, bool(cuda), where, place, line, **options)
+        compiled_by = _named_toolchain(toolchain or ("cuda" if cuda else "cpp"))
+        return Source(None, source, symbol, compiled_by, where, place, line, tier, **options)
     path = here / source
     if not path.is_file():
         raise BuildError(
             f"naming a kernel: there is no file {path}; expected C++ or CUDA source. Paths are relative to the "
             "file that calls opkit.cpp.kernel; source text itself is told by a newline or a brace in it."
         )
-    if path.suffix not in _SUFFIXES:
+    found = toolchains.for_suffix(path.suffix)
+    if found is None:
         raise BuildError(
-            f"naming a kernel: {path} has the suffix {path.suffix!r}; expected one of {', '.join(_SUFFIXES)}. "
-            "Name the C++ or CUDA source itself."
+            f"naming a kernel: {path} has the suffix {path.suffix!r}; expected one of "
+            f"{', '.join(toolchains.suffixes())}. Name the C++ or CUDA source itself."
         )
     path = path.resolve()
-    is_cuda = path.suffix == ".cu" if cuda is None else cuda
-    return Source(path, None, symbol, is_cuda, str(path), str(path), **options)
+    if toolchain is not None or cuda is not None:
+        found = _named_toolchain(toolchain or ("cuda" if cuda else "cpp"))
+    return Source(path, None, symbol, found, str(path), str(path), 1, tier, **options)
+
+
+def _occurrences(text: str, content: str) -> Iterator[int]:
+    at = content.find(text)
+    while at >= 0:
+        yield at
+        at = content.find(text, at + len(text))
+
+
+def _named_toolchain(name: str) -> Toolchain:
+    if found := toolchains.find(name):
+        return found
+    known = toolchains.names()
+    raise BuildError(
+        f"naming a kernel: found toolchain={name!r}; expected one of {', '.join(known)}."
+        f"{did_you_mean(name, known)} Install the plugin that registers it, or name another."
+    )
 
 
 def _place(text: str, file: str, number: int) -> tuple[str, int]:
@@ -209,7 +336,7 @@ def _place(text: str, file: str, number: int) -> tuple[str, int]:
     if os.path.isfile(path) and not _UNREADABLE.search(path):
         linecache.checkcache(path)
         content = "".join(linecache.getlines(path))
-        found = [content.count("\n", 0, m.start()) + 1 for m in re.finditer(re.escape(text), content)]
+        found = [content.count("\n", 0, at) + 1 for at in _occurrences(text, content)]
         if found:  # the same text may be there twice
             return path, min(found, key=lambda line: (line < number, abs(line - number)))
     return f"{_UNREADABLE.sub(' ', Path(file).name).strip()}, kernel at line {number}", 1

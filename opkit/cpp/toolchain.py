@@ -6,8 +6,11 @@ looked for before it is asked for: opkit imports on machines without a compiler.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -19,8 +22,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from opkit.cpp import cache
 from opkit.errors import BuildError, ConfigError
 
+_WITHOUT_NVCC = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 _DEFAULT_ARCHITECTURES = ("8.0", "9.0+PTX")
 _AGAIN_AFTER = 1.0  # seconds until a compiler that was not there is looked for again
@@ -94,7 +99,7 @@ def why_no_nvcc() -> str:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
             return f"{variable} is {home!r}, whose bin/nvcc does not run (correct {variable} or unset it)"
-    return "nvcc was not found (set CUDA_HOME)"
+    return f"nvcc was not found (set CUDA_HOME, or for light kernels {_WITHOUT_NVCC})"
 
 
 def get_nvcc() -> Compiler:
@@ -110,7 +115,7 @@ def get_nvcc() -> Compiler:
     raise BuildError(
         f"looking for nvcc, which compiles CUDA sources: {found}. "
         "Install the CUDA toolkit (https://developer.nvidia.com/cuda-downloads, conda install cuda-nvcc) "
-        "or set CUDA_HOME to the folder that has bin/nvcc."
+        f"or set CUDA_HOME to the folder that has bin/nvcc. Light kernels do without it: {_WITHOUT_NVCC}."
     )
 
 
@@ -175,6 +180,27 @@ def cuda_architectures() -> tuple[str, ...]:
     return tuple(architectures)
 
 
+def native_macros(cxx: Compiler, flags: Sequence[str]) -> str:
+    """Return a hash of what `-march=native` and the like among `flags` mean on this machine, or nothing."""
+    native = tuple(flag for flag in flags if flag.startswith("-m") and "native" in flag)
+    if not native:
+        return ""
+    command = [*cxx.command, *native, "-dM", "-E", "-x", "c++", os.devnull]
+    return known(("native", cxx.version, native, _processor()), lambda: cache.digest(_output(command)))
+
+
+@functools.cache
+def _processor() -> str:
+    """Return what identifies the processor: its model and what it can do."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            first = file.read(8192).split("\n\n")[0]
+    except OSError:
+        return platform.processor()
+    # The clock's frequency changes from one look to the next.
+    return "\n".join(line for line in first.splitlines() if not line.startswith(("cpu MHz", "bogomips")))
+
+
 def gencode_flags(architectures: Sequence[str]) -> list[str]:
     """Return nvcc's flags for `architectures`.
 
@@ -190,14 +216,15 @@ def gencode_flags(architectures: Sequence[str]) -> list[str]:
     return flags
 
 
-def build_environment() -> dict[str, str]:
-    """Return the environment that compilers run in."""
+def build_environment(temporary: Path | None = None) -> dict[str, str]:
+    """Return the environment that compilers run in; `temporary` is where they put what they throw away."""
     return {
         # So that __DATE__ does not make every build another one, unless the user says which date it is.
         "SOURCE_DATE_EPOCH": "0",
         **os.environ,
         # Diagnostics are parsed: no translations, no typographic quotes.
         "LC_ALL": "C",
+        **({"TMPDIR": str(temporary)} if temporary else {}),
     }
 
 
@@ -262,16 +289,51 @@ def _identify(command: tuple[str, ...]) -> Compiler | None:
     found = shutil.which(command[1] if launched else command[0])
     if not found:
         return None
-    real = Path(found).resolve()
-    stat = real.stat()
+    real = os.path.realpath(found)
+    stat = os.stat(real)
     return _probe(command, Path(found), real, (stat.st_size, stat.st_mtime_ns))
 
 
 @functools.cache
-def _probe(command: tuple[str, ...], path: Path, real: Path, stamp: tuple[int, int]) -> Compiler | None:
+def _probe(command: tuple[str, ...], path: Path, real: str, stamp: tuple[int, int]) -> Compiler | None:
     # `stamp` is in the arguments so that a compiler replaced under a running process is asked anew.
-    version = _output([*command, "--version"])
-    return Compiler(path.absolute(), f"{version.strip()}\n{real}", command) if version else None
+    # Where the compiler lies is no part of its version: a cache is shared by machines.
+    version = known(("version", command, real, stamp), lambda: _output([*command, "--version"]).strip())
+    return Compiler(path.absolute(), f"{version}\n{stamp[0]} bytes", command) if version else None
+
+
+def known(question: tuple[object, ...], ask: Callable[[], str]) -> str:
+    """Return what a compiler says, or a file holds, from the cache, where an earlier process has left it.
+
+    Starting a compiler takes longer than finding a built kernel. An answer belongs to the size and the
+    time of what was asked, which are in the question; an empty one is not kept.
+    """
+    file, key = f"{cache.root()}/compilers.json", cache.digest(*question)
+    answers = _answers.setdefault(file, {})
+    if key not in answers:
+        answers.update(_written(file))
+    if key not in answers:
+        answer = ask()
+        if not answer:
+            return ""
+        answers[key] = answer
+        unique = f"{file}.{os.getpid()}"
+        with contextlib.suppress(OSError):  # no cache yet, read-only, full: the next process asks again
+            Path(unique).write_text(json.dumps({**_written(file), **answers}))
+            os.replace(unique, file)
+    return answers[key]
+
+
+_answers: dict[str, dict[str, str]] = {}  # of each cache folder, as far as they were needed
+
+
+def _written(file: str) -> dict[str, str]:
+    try:
+        with open(file, "rb") as stream:
+            found = json.loads(stream.read())
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
 
 def _output(command: list[str]) -> str:

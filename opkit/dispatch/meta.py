@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opkit.errors import RegistrationError
-from opkit.spec.plan import OutputMeta, Plan
+from opkit.errors import RegistrationError, ShapeError
+from opkit.spec.plan import OpenSize, OutputMeta, Plan
 from opkit.spec.schema import Schema
 
 _REMEMBERED = 4096  # kinds of call per op whose registered metadata is kept
@@ -48,7 +48,31 @@ class Meta:
                 "function. Declare it with shapes=, or register one with register_fake.",
                 op=schema.name,
             )
-        return schema.raw([torch.empty(m.shape, dtype=m.dtype, device=device) for m in metas])
+        made: dict[str, Any] = {}
+        outputs = []
+        for result, meta in zip(schema.results, metas, strict=True):
+            shape = [self._size(s, result.name, made) if isinstance(s, OpenSize) else s for s in meta.shape]
+            outputs.append(torch.empty(shape, dtype=meta.dtype, device=device))
+        return schema.raw(outputs)
+
+    def _size(self, size: OpenSize, output: str, made: dict[str, Any]) -> Any:
+        """Return a symbol for a size that depends on data, one for each name."""
+        if size.name not in made:
+            try:
+                context = torch.library.get_ctx()
+            except RuntimeError:
+                raise ShapeError(
+                    f"calling {self.schema.name} on the meta device: the size {size!r} of output {output} depends on "
+                    "data; expected tensors that have some, or a tracer such as torch.compile and torch.export. "
+                    "Move the arguments to another device.",
+                    op=self.schema.name,
+                ) from None
+            made[size.name] = context.new_dynamic_size()
+            if size.bound is not None:
+                from torch.fx.experimental.symbolic_shapes import expect_true  # a second, and tracers have it
+
+                expect_true(made[size.name] <= size.bound)
+        return made[size.name]
 
     def expect(self, values: Sequence[Any]) -> tuple[Sequence[Any] | None, torch.device | None]:
         """Check real arguments, and return what the outputs must be; None where that cannot be known.

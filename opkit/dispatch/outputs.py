@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opkit import _torch
 from opkit.errors import OutputError
-from opkit.spec.plan import OutputMeta
+from opkit.spec.plan import OpenSize, OutputMeta
 from opkit.spec.schema import Schema
 
 
@@ -43,6 +43,7 @@ def conform(
         found = "a value" if not schema.results else f"{len(outputs)} values"
         raise _error(schema, backend, f"returned {found}", f"{len(schema.results) or 'none'}", "Return")
     before: list[Tensor] = []
+    opened: dict[str, tuple[int, str]] = {}
     for index, (result, output) in enumerate(zip(schema.results, outputs, strict=True)):
         many = result.type.is_list
         if many and not (isinstance(output, (list, tuple)) and all(isinstance(o, Tensor) for o in output)):
@@ -58,14 +59,44 @@ def conform(
             if len(wanted) != len(tensors):
                 found = f"returned {len(tensors)} tensors as {result.name}"
                 raise _error(schema, backend, found, f"{len(wanted)} by its meta function", "Return")
+            closed = (
+                _closed(schema, backend, result.name, o, m, opened)
+                for o, m in zip(tensors, wanted, strict=True)
+            )
             tensors = [
-                _fit(schema, backend, result.name, o, m, device) for o, m in zip(tensors, wanted, strict=True)
+                _fit(schema, backend, result.name, o, m, device) for o, m in zip(tensors, closed, strict=True)
             ]
         outputs[index] = list(tensors) if many else tensors[0]
     return schema.raw(outputs)
 
 
 _DERIVED = (None, None)  # stride and device of an output that the shape line describes
+
+
+def _closed(
+    schema: Schema,
+    backend: str,
+    name: str,
+    output: Tensor,
+    meta: OutputMeta,
+    opened: dict[str, tuple[int, str]],
+) -> OutputMeta:
+    """Return metadata with the sizes of `output` where they depend on data; `opened` has those of its names."""
+    if output.dim() != len(meta.shape) or not any(isinstance(size, OpenSize) for size in meta.shape):
+        return meta
+    shape = list(meta.shape)
+    for axis, (size, found) in enumerate(zip(meta.shape, output.shape, strict=True)):
+        if not isinstance(size, OpenSize):
+            continue
+        shape[axis] = found
+        if size.bound is not None and found > size.bound:
+            returned = f"returned {name} with {found} in dimension {axis}, ?{size.name}"
+            raise _error(schema, backend, returned, f"at most {size.bound} by the shape line", "Return")
+        known, where = opened.setdefault(size.name, (found, name))
+        if found != known:
+            returned = f"returned {name} with {found} in dimension {axis}, ?{size.name}"
+            raise _error(schema, backend, returned, f"{known}, as in {where}", "Return")
+    return meta._replace(shape=tuple(shape))
 
 
 def _fit(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from opkit import _config, _torch
-from opkit.dispatch import sources
+from opkit import _sources as sources
 from opkit.errors import BackendError, ConfigError, did_you_mean
 
 BUILT_IN = ("reference", "python", "cpp", "cuda")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opkit.cpp.light import Source
+from opkit.cpp.light import Bound, Source
 from opkit.dispatch import outputs, preference, select
 from opkit.dispatch.meta import Meta
 from opkit.dispatch.table import Kernel, KernelTable
@@ -22,8 +22,9 @@ class Runner:
         self.table = table
         self.schema = table.schema
         self.meta = meta
+        table.plan = lambda: self.native_plan
         self._count = len(table.schema.params)
-        self._built: dict[Kernel, Callable[..., Any]] = {}
+        self._built: dict[Kernel, Bound] = {}
 
     @property
     def native_plan(self) -> Plan | None:
@@ -49,9 +50,15 @@ class Runner:
         args, kwargs = self.schema.split(values)
         return function(*args, **kwargs)
 
-    def forget(self) -> None:
-        """Bind native kernels anew, as the outputs' metadata comes from somewhere else now."""
-        self._built.clear()
+    def forget(self, kernel: Kernel | None = None) -> None:
+        """Bind a native kernel anew at its next call, or all of them, as what they are made of has changed.
+
+        Its library is unloaded when no call that runs now uses it any more.
+        """
+        if kernel is None:
+            self._built.clear()
+        else:
+            self._built.pop(kernel, None)
 
     def preferring(self, /, *args: Any, opkit_backend: str, **kwargs: Any) -> Any:
         """Run under the preference that a compiled function traced around the call."""
@@ -60,21 +67,25 @@ class Runner:
             return self(*args, **kwargs)
 
     def _native(self, kernel: Kernel, values: tuple[Any, ...]) -> Any:
-        call = self._built.get(kernel)
-        if call is None:
+        bound = self._built.get(kernel)
+        if bound is None:
             assert isinstance(kernel.function, Source)
             plan = self.native_plan
             if self.meta.plan is not None:
                 self.meta.plan.infer(*values)  # wrong arguments are reported without a build
-            call = kernel.function.bind(
+            bound = kernel.function.bind(
                 self.schema, plan, kernel.device, self.meta.of_registered, kernel.backend
             )
-            self._built[kernel] = call
+            self._built[kernel] = bound
         plan = self.meta.plan
         if plan is not None and self.meta.function is not None:
             plan.infer(*values)  # the glue has no shape line to check them by
+        if bound.allocates:
+            metas, device = self.meta.expect(values)
+            returned = bound.call(*values)
+            return outputs.conform(self.schema, kernel.backend, values, returned, metas, device)
         try:
-            return call(*values)
+            return bound.call(*values)
         except RuntimeError:
             if plan is not None:
                 plan.infer(*values)  # where the arguments do not fit, this error names dimensions

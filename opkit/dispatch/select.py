@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from opkit import _sources as sources
 from opkit.cpp.light import Source
-from opkit.dispatch import preference, sources
+from opkit.dispatch import preference
 from opkit.dispatch.preference import Preference
 from opkit.dispatch.table import REFERENCE, Kernel, KernelTable
 from opkit.errors import NoKernelError, warn
@@ -98,7 +99,7 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
     lasting = True  # until a kernel is asked whose answer depends on more than the key
     for kernel in ranked(table, device, wanted):
         lasting = lasting and kernel.when is None
-        reason = _reject(kernel, table.schema, values, wanted, ask=True)
+        reason = _reject(kernel, table, values, wanted, ask=True)
         if reason is None:
             if kernel.backend == REFERENCE and REFERENCE not in wanted.names:
                 _warn_of_fallback(table, device, rejected)
@@ -123,7 +124,7 @@ def explain(table: KernelTable, values: Sequence[Any]) -> Explanation:
     candidates: list[Candidate] = []
     selected = False
     for kernel in ranked(table, device, wanted):
-        reason = _reject(kernel, table.schema, values, wanted, ask=True)
+        reason = _reject(kernel, table, values, wanted, ask=True)
         if reason is not None:
             status = "rejected"
         elif selected:
@@ -139,7 +140,7 @@ def listing(table: KernelTable) -> tuple[Candidate, ...]:
     sources.consult_for_kernels()
     found = []
     for kernel in table.all():
-        reason = _reject(kernel, table.schema, (), Preference(), ask=False)
+        reason = _reject(kernel, table, (), Preference(), ask=False)
         status = "available" if reason is None else "rejected"
         found.append(Candidate(kernel.backend, kernel.device, kernel.source, status, reason or ""))
     return tuple(found)
@@ -152,14 +153,14 @@ def _why(kernel: Kernel, wanted: Preference) -> str:
 
 
 def _reject(
-    kernel: Kernel, schema: Schema, values: Sequence[Any], wanted: Preference, *, ask: bool
+    kernel: Kernel, table: KernelTable, values: Sequence[Any], wanted: Preference, *, ask: bool
 ) -> str | None:
     """Return why a kernel cannot take a call, or None; `ask` false leaves out what needs the call."""
     if wanted.strict and kernel.backend not in wanted.names:
         return f"only {', '.join(wanted.names)} allowed (strict)"
     if isinstance(kernel.function, Source):
         missing = kernel.function.unavailable()
-        if missing:
+        if missing and not kernel.function.is_carried(table.schema, table.plan(), kernel.backend):
             return missing
     if not ask:
         return None
@@ -168,7 +169,7 @@ def _reject(
         if dtype is not None and dtype not in kernel.dtypes:
             return f"dtype {_short(dtype)} is not among {', '.join(map(_short, kernel.dtypes))}"
     if kernel.when is not None:
-        args, kwargs = schema.split(values)
+        args, kwargs = table.schema.split(values)
         answer = kernel.when(*args, **kwargs)
         if isinstance(answer, str) and answer:
             return answer

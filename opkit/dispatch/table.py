@@ -16,6 +16,7 @@ from opkit import _torch
 from opkit.cpp.light import Source
 from opkit.dispatch import preference
 from opkit.errors import RegistrationError, did_you_mean, warn
+from opkit.spec.plan import Plan
 from opkit.spec.schema import Schema, check_signature, describe
 
 REFERENCE = "reference"
@@ -45,10 +46,12 @@ class KernelTable:
         self.schema = schema
         self._kernels: dict[tuple[str, str], Kernel] = {}
         self.decided: dict[Any, Kernel] = {}
+        # The shape line, where native glue allocates by it; the runner sets it.
+        self.plan: Callable[[], Plan | None] = lambda: None
         self.reference = Kernel(REFERENCE, "any", reference, source=describe(reference))
 
-    def add(self, kernel: Kernel) -> None:
-        """Register a kernel; one that takes the place of another from elsewhere warns."""
+    def add(self, kernel: Kernel) -> Kernel | None:
+        """Register a kernel and return the one whose place it takes, which warns if it is from elsewhere."""
         key = (kernel.device, kernel.backend)
         old = self._kernels.get(key)
         if old is not None and old.source != kernel.source:
@@ -59,6 +62,7 @@ class KernelTable:
         self._kernels[key] = kernel
         preference.know(kernel.backend)
         self.decided.clear()
+        return old
 
     def for_device(self, device: str) -> list[Kernel]:
         """Return the kernels for a device, most wanted first, the reference last."""

@@ -11,7 +11,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from opkit import _config
-from opkit.dispatch import sources
+from opkit import _sources as sources
 from opkit.errors import warn
 from opkit.plugins import discovery
 from opkit.plugins.discovery import Found

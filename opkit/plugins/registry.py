@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from opkit._op import Op
     from opkit.cpp.light import Source
+    from opkit.cpp.toolchains import Toolchain
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,6 +83,7 @@ class Registry:
         self.source = source
         self.registrations: list[Registration] = []
         self._ops: list[Op[..., Any]] = []
+        self._toolchains: list[str] = []
         self._closed = False
 
     def op(
@@ -182,14 +184,33 @@ class Registry:
         self.registrations.append(Registration(op, device, fn, backend, taken, when, priority))
         return fn
 
+    def register_toolchain(self, toolchain: Toolchain) -> None:
+        """Let source of a language of the plugin's own be compiled, from now on.
+
+        Args:
+            toolchain: see `opkit.cpp.Toolchain`.
+
+        Raises:
+            ConfigError: another toolchain has one of its suffixes.
+            RegistrationError: the plugin's function has returned.
+        """
+        from opkit.cpp import toolchains
+
+        self._check_open(f"registering the toolchain {toolchain.name}")
+        toolchains.register(toolchain)
+        self._toolchains.append(toolchain.name)
+
     def close(self) -> None:
         """Take nothing more."""
         self._closed = True
 
     def take_back(self) -> None:
-        """Remove the ops that were declared, and forget the kernels."""
+        """Remove the ops and toolchains that were registered, and forget the kernels."""
         from opkit import _registry
+        from opkit.cpp import toolchains
 
+        for name in self._toolchains:
+            toolchains.unregister(name)
         for made in self._ops:
             if _registry._ops.get(made.name) is made:
                 _registry.remove(made.name)

@@ -76,15 +76,22 @@ def source(plan: Plan) -> str:
         emit(f"    if {' and '.join(f'{p.name} is None' for p in params)}: _explain({everything})")
     outputs = []
     for tensors in plan.outputs:
-        parts = [f"*_d_{d.text}" if d.star else python_expression(d) for d in tensors.entry.dims]
+        parts = [_part(d) for d in tensors.entry.dims]
         shape = "(" + "".join(f"{part}, " for part in parts) + ")"
         outputs.append(f"_Meta({shape}, {_python_dtype(tensors.dtype, plan)})")
     device = _first(plan, "device")
     emit(f"    return ({''.join(o + ', ' for o in outputs)}), {device}")
-    if any(sign in d.text for t in (*plan.inputs, *plan.outputs) for d in t.entry.dims for sign in "/%"):
+    if any(sign in str(d) for t in (*plan.inputs, *plan.outputs) for d in t.entry.dims for sign in "/%"):
         lines[1:] = ["    try:", *(f"    {line}" for line in lines[1:]), "    except ZeroDivisionError:"]
         emit(f"        _explain({everything})")
     return "\n".join(lines) + "\n"
+
+
+def _part(dim: Dim) -> str:
+    """Return Python for what a dimension adds to the shape of an output."""
+    if dim.is_open:
+        return f"_Open({dim.text!r}, {python_expression(dim.bound) if dim.bound else None})"
+    return f"*_d_{dim.text}" if dim.star else python_expression(dim)
 
 
 def _device_checks(plan: Plan, everything: str) -> list[str]:

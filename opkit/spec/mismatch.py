@@ -48,8 +48,9 @@ class Mismatch:
                     "Pass one of them.",
                 )
             for dim in tensors.entry.dims:
-                if not dim.star:
-                    self._value(dim)
+                size = dim.bound if dim.is_open else dim
+                if size is not None and not dim.star:
+                    self._value(size)
         params = self.plan.device_params
         if self.plan.outputs and all(self.values[p.name] is None for p in params):
             self._raise(

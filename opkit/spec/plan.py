@@ -8,8 +8,8 @@ entries slowly and raises with names. The C++ twin of the generated code is writ
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -48,10 +48,20 @@ class Tensors:
     optional: bool = False
 
 
+class OpenSize(NamedTuple):
+    """A size that depends on data: `?name`, at most `bound`. It stands in a shape in the place of a number."""
+
+    name: str
+    bound: int | None
+
+    def __repr__(self) -> str:
+        return f"?{self.name}" + ("" if self.bound is None else f"<={self.bound}")
+
+
 class OutputMeta(NamedTuple):
     """What one output must be: contiguous without a stride, on the call's device without a device."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]  # int, torch.SymInt or OpenSize
     dtype: torch.dtype
     stride: tuple[int, ...] | None = None
     device: torch.device | None = None
@@ -95,7 +105,12 @@ class Plan:
     def infer(self) -> Callable[..., tuple[tuple[OutputMeta, ...], torch.device]]:
         """Check all arguments, in schema order, and return the outputs' metadata and device."""
         text = _infer.source(self)
-        namespace: dict[str, Any] = {"_Meta": OutputMeta, "_explain": self.explain, "_torch": torch}
+        namespace: dict[str, Any] = {
+            "_Meta": OutputMeta,
+            "_Open": OpenSize,
+            "_explain": self.explain,
+            "_torch": torch,
+        }
         exec(compile(text, f"<plan of {self.schema.name}>", "exec"), namespace)
         infer: Callable[..., Any] = namespace["infer"]
         return infer
@@ -140,15 +155,19 @@ def bind(line: ShapeLine, schema: Schema, text: str) -> Plan:
                 stars.add(dim.text)
             elif dim.is_name:
                 bound.add(dim.text)
-    for entry in (*line.inputs, *line.outputs):
+    bounds: dict[str, Dim] = {}
+    for index, entry in enumerate((*line.inputs, *line.outputs)):
         for dim in entry.dims:
-            _check_names(dim, bound, stars, entry in line.outputs, text, op)
+            _check_names(dim, bound, stars, index >= len(line.inputs), text, op)
+            if dim.bound and bounds.setdefault(dim.text, dim.bound) != dim.bound:
+                found = f"{dim} after ?{dim.text}<={bounds[dim.text]}"
+                raise shapes.error(text, dim.column, op, found, "one bound for a name")
     ins = tuple(
         Tensors(p.name, e, _rule(e, schema, text, output=False), p.type.optional)
         for p, e in zip(inputs, line.inputs, strict=True)
     )
     outs = tuple(
-        Tensors(r.name, e, _rule(e, schema, text, output=True))
+        Tensors(r.name, _bounded(e, bounds), _rule(e, schema, text, output=True))
         for r, e in zip(schema.results, line.outputs, strict=True)
     )
     plan = Plan(schema, line, ins, outs)
@@ -167,6 +186,12 @@ def bind(line: ShapeLine, schema: Schema, text: str) -> Plan:
     return plan
 
 
+def _bounded(entry: Entry, bounds: Mapping[str, Dim]) -> Entry:
+    """Return an entry whose open sizes have the bound that is said anywhere of their names."""
+    dims = (replace(d, bound=bounds.get(d.text)) if d.is_open else d for d in entry.dims)
+    return replace(entry, dims=tuple(dims))
+
+
 def _is_int(param: Param) -> bool:
     return str(param.type) == "SymInt"
 
@@ -180,6 +205,11 @@ def _arity(text: str, op: str, side: str, found: int, names: Sequence[str], colu
 def _check_names(dim: Dim, bound: set[str], stars: set[str], output: bool, text: str, op: str) -> None:
     if output and dim.is_any:
         raise shapes.error(text, dim.column, op, f"{dim.text!r} in an output", "a size that the inputs bind")
+    if dim.is_open:
+        if not output:
+            raise shapes.error(text, dim.column, op, f"{dim} in an input", "a name, since the size is known")
+        if dim.text in bound | stars:
+            raise shapes.error(text, dim.column, op, f"{dim} and {dim.text!r}", "one meaning for a name")
     if dim.star:
         if output and dim.text not in stars:
             raise shapes.error(text, dim.column, op, f"{dim} is bound by no input", _known(stars, "*"))

@@ -2,7 +2,8 @@
 
     line       = entries "->" entries          entries = entry {"," entry} | nothing
     entry      = dim {dim} [":" suffix]        one entry per Tensor argument, per Tensor result
-    dim        = name | number | "*" name | "_" | "..." | "()" | expression without spaces
+    dim        = name | number | "*" name | "_" | "..." | "()" | expression without spaces | "?" name ["<=" bound]
+    bound      = name | number | expression without spaces
     suffix     = a dtype, the name of a Tensor argument, or of a dtype argument
 
 Responsible for the text only: what the words mean for one schema is decided in `plan`.
@@ -23,16 +24,21 @@ _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 
 @dataclass(frozen=True)
 class Dim:
-    """One dimension, or with `star` any number of them. `text` is a Python expression over names."""
+    """One dimension, or with `star` any number of them. `text` is a Python expression over names.
+
+    With `is_open` it is a name for a size that depends on data, which is at most `bound` where there is one.
+    """
 
     text: str
     star: bool = False
     column: int = field(default=0, compare=False)
+    is_open: bool = False
+    bound: Dim | None = None
 
     @property
     def is_name(self) -> bool:
         """Whether it is a plain name, which its first appearance binds."""
-        return not self.star and self.text.isidentifier() and self.text != "_"
+        return not (self.star or self.is_open) and self.text.isidentifier() and self.text != "_"
 
     @property
     def is_any(self) -> bool:
@@ -40,10 +46,14 @@ class Dim:
         return self.text in ("_", "...")
 
     def names(self) -> tuple[str, ...]:
-        """Return the names in it, in order."""
+        """Return the names in it, in order: those that say how large it is, or may become."""
+        if self.is_open:
+            return self.bound.names() if self.bound else ()
         return tuple(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", self.text))) if self.text != "_" else ()
 
     def __str__(self) -> str:
+        if self.is_open:
+            return f"?{self.text}" + (f"<={self.bound}" if self.bound else "")
         return f"*{self.text}" if self.star and self.text != "..." else self.text
 
 
@@ -146,22 +156,47 @@ def _dim(text: str, word: str, column: int, op: str) -> Dim:
         return Dim(word, star=True, column=column)
     if word.startswith("*") and word[1:].isidentifier() and word.isascii():
         return Dim(word[1:], star=True, column=column)
+    if word[0] == "?":
+        return _open(text, word, column, op)
+    if word[0] == "[":
+        raise error(text, column, op, f"{word!r}", "a dimension; lists need register_fake")
+    size = _size(text, word, column, op)
+    if size is None:
+        raise error(
+            text,
+            column,
+            op,
+            f"{word!r}",
+            "a name, a number, *name, _, ..., (), ?name or an expression like 2*n",
+        )
+    return size
+
+
+def _open(text: str, word: str, column: int, op: str) -> Dim:
+    name, less, after = word[1:].partition("<=")
+    if not (name.isascii() and name.isidentifier() and name != "_"):
+        raise error(text, column, op, f"{word!r}", "?name or ?name<=bound for a size that depends on data")
+    if not less:
+        return Dim(name, column=column, is_open=True)
+    at = column + len(name) + 3
+    bound = _size(text, after, at, op) if after not in ("", "_") else None
+    if bound is None:
+        raise error(
+            text, at, op, f"the bound {after!r}", "a name, a number or an expression without spaces like 2*n"
+        )
+    return Dim(name, column=column, is_open=True, bound=bound)
+
+
+def _size(text: str, word: str, column: int, op: str) -> Dim | None:
+    """Return a name, a number or an expression, or None where the word is none of them."""
     if word.isascii() and word.isdigit():
         digits = word.lstrip("0") or "0"
         if len(digits) > 19 or int(digits) > _LARGEST:
             raise error(text, column, op, "a number that no size can have", "one below 2**63")
         return Dim(digits, column=column)
-    if word.isascii() and word.isidentifier():
+    if (word.isascii() and word.isidentifier()) or _is_expression(word):
         return Dim(word, column=column)
-    if word[0] in "[?":
-        raise error(
-            text, column, op, f"{word!r}", "a dimension; lists and data-dependent sizes need register_fake"
-        )
-    if not _is_expression(word):
-        raise error(
-            text, column, op, f"{word!r}", "a name, a number, *name, _, ..., () or an expression like 2*n"
-        )
-    return Dim(word, column=column)
+    return None
 
 
 def _is_expression(word: str) -> bool:

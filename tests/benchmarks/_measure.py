@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -42,6 +42,16 @@ def medians(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         for name, call in candidates.items():
             found[name].append(seconds(call))
     return {name: statistics.median(times) for name, times in found.items()}
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of texts, the numbers aligned."""
+    shown = Table(title=title, caption=machine())
+    for column in header:
+        shown.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        shown.add_row(*row)
+    _console.print(shown)
 
 
 def report(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import os
 import re
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from opkit import _config
-from opkit.cpp import cache, compile, toolchain
-from opkit.cpp.compile import shared_library
+from opkit.cpp import cache, compile, toolchain, toolchains
+from opkit.cpp.compile import Job, Unit
 from opkit.errors import BuildError
 
 pytestmark = pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
@@ -32,11 +31,14 @@ def cache_dir(tmp_path, monkeypatch):
 def steps(monkeypatch):
     """Every build that happens."""
     seen = []
-    build = compile._Job.build
-    monkeypatch.setattr(
-        compile._Job, "build", lambda self, work: seen.append(self.label) or build(self, work)
-    )
+    build = Job.build
+    monkeypatch.setattr(Job, "build", lambda self, work: seen.append(self.label) or build(self, work))
     return seen
+
+
+def shared_library(unit: str, *, cuda: bool = False, **kwargs) -> Path:
+    used = toolchains.CUDA if cuda else toolchains.CPP
+    return Job(units=(Unit(f"unit{used.suffixes[0]}", unit, used),), **kwargs).library()
 
 
 def unit_of(*files: Path, tail: str = "") -> str:
@@ -61,23 +63,15 @@ def test_a_unit_becomes_a_library_with_torchs_name_in_it(cache_dir):
 def test_a_hit_compiles_nothing_and_prints_nothing(steps, capfd):
     assert answer(1) == 1
     err = capfd.readouterr().err
-    assert err.startswith("opkit: building f ...\nopkit: built f in ")
+    assert re.fullmatch(r"opkit: built f in \d\.\d s\n", err)
     assert answer(1) == 1
     assert capfd.readouterr() == ("", "")
     assert steps == ["f"]
 
 
-def test_on_a_terminal_the_seconds_follow_on_the_same_line(monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    answer(1)
-    assert re.fullmatch(r"opkit: building f \.\.\. \d+\.\d s\n", terminal.getvalue())
-
-
 @pytest.mark.parametrize(
     "changed",
-    [{"extra_cflags": ["-DX=1"]}, {"extra_cflags": ["-O0"]}, {"extra_ldflags": ["-Wl,-O1"]}],
+    [{"cflags": ("-DX=1",)}, {"cflags": ("-O0",)}, {"ldflags": ("-Wl,-O1",)}],
     ids=["define", "optimization", "linker"],
 )
 def test_other_flags_are_another_library(steps, changed):
@@ -93,17 +87,17 @@ def test_an_edited_header_anywhere_is_seen(tmp_path, steps):
     header.write_text('#include "b.h"')
     for value in (1, 2, 1):
         deep.write_text(f"#define VALUE {value}\n")
-        library = shared_library(unit_of(source), label="f", include_paths=[header.parent])
+        library = shared_library(unit_of(source), label="f", include_paths=(header.parent,))
         assert ctypes.CDLL(str(library)).answer() == value
     assert len(steps) == 2
 
 
-def test_comments_and_the_folder_of_the_source_do_not_matter(tmp_path, steps):
+def test_the_folder_of_the_source_does_not_matter(tmp_path, steps):
     libraries = []
     for folder in ("here", "there"):
         source = tmp_path / folder / "k.cpp"
         source.parent.mkdir()
-        source.write_text(f"{EXPORT} const char* file() {{ return __FILE__; }} // {folder}\n")
+        source.write_text(f"{EXPORT} const char* file() {{ return __FILE__; }}\n")
         libraries.append(shared_library(unit_of(source), label="f"))
     assert libraries[0] == libraries[1]
     assert len(steps) == 1
@@ -118,7 +112,7 @@ def test_debug_information_keeps_places_apart(tmp_path):
         source = tmp_path / folder / "k.cpp"
         source.parent.mkdir()
         source.write_text('extern "C" int one() { return 1; }\n')
-        libraries.add(shared_library(unit_of(source), label="f", extra_cflags=["-g"]))
+        libraries.add(shared_library(unit_of(source), label="f", cflags=("-g",)))
     assert len(libraries) == 2
 
 
@@ -137,7 +131,14 @@ def test_a_replaced_static_library_is_seen(tmp_path):
         (tmp_path / "libv.a").unlink(missing_ok=True)
         subprocess.run(["ar", "rc", "libv.a", "v.o"], cwd=tmp_path, check=True)
         unit = f"int value(); {EXPORT} int answer() {{ return value(); }}"
-        library = shared_library(unit, label="f", extra_ldflags=[f"-L{tmp_path}", "-lv"])
+        library = shared_library(
+            unit,
+            label="f",
+            ldflags=(
+                f"-L{tmp_path}",
+                "-lv",
+            ),
+        )
         return ctypes.CDLL(str(library)).answer()
 
     assert (link(1), link(2)) == (1, 2)
@@ -179,12 +180,22 @@ def test_an_error_in_the_unit_shows_where_the_unit_is_kept():
 
 def test_a_flag_that_the_compiler_does_not_know(capfd):
     with pytest.raises(BuildError, match="outside the source: .*-fno-such-flag-here"):
-        answer(1, extra_cflags=["-fno-such-flag-here", "-march=nonsense"])
+        answer(
+            1,
+            cflags=(
+                "-fno-such-flag-here",
+                "-march=nonsense",
+            ),
+        )
     assert "opkit: failed to build f after" in capfd.readouterr().err
 
 
 def test_two_processes_at_once_give_one_library(cache_dir):
-    code = "from opkit.cpp.compile import shared_library; print(shared_library('int f() { return 1; }', label='f'))"
+    code = (
+        "from opkit.cpp import compile, toolchains\n"
+        "unit = compile.Unit('unit.cpp', 'int f() { return 1; }', toolchains.CPP)\n"
+        "print(compile.Job(label='f', units=(unit,)).library())"
+    )
     environment = {**os.environ, "OPKIT_CACHE_DIR": str(cache_dir), "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, stdout=-1, stderr=-1)
@@ -201,7 +212,14 @@ def test_include_folders_of_flags_do_not_reach_the_key(tmp_path, steps):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.h").write_text("#define VALUE 1\n")
         unit = '#include "a.h"\nint f() { return VALUE; }'
-        shared_library(unit, label="f", extra_cflags=["-I", str(tmp_path / folder)])
+        shared_library(
+            unit,
+            label="f",
+            cflags=(
+                "-I",
+                str(tmp_path / folder),
+            ),
+        )
     assert len(steps) == 1
 
 
@@ -257,4 +275,115 @@ def test_stub_libraries_are_built_once(cache_dir):
     folder = compile.stub_libraries(cxx, ("libtorch_cpu.so", "libtorch_cuda.so"))
     assert sorted(path.name for path in folder.glob("*.so")) == ["libtorch_cpu.so", "libtorch_cuda.so"]
     assert compile.stub_libraries(cxx, ("libtorch_cpu.so", "libtorch_cuda.so")) == folder
-    assert folder.parent == cache.root() / "lib"
+    assert folder.is_relative_to(cache.root() / "lib")
+
+
+def test_a_header_that_only_the_compiler_finds_is_a_dependency(tmp_path, monkeypatch, steps):
+    header = tmp_path / "value.h"
+    unit = f"#define WHICH <value.h>\n#include WHICH\n{EXPORT} int answer() {{ return VALUE; }}"
+    for value in (1, 22, 1):
+        header.write_text(f"#define VALUE {value}\n")
+        library = shared_library(unit, label="f", cflags=(f"-I{tmp_path}",))
+        assert ctypes.CDLL(str(library)).answer() == value
+    assert len(steps) == 2
+
+
+def test_a_header_found_first_in_another_folder_is_seen(tmp_path, steps):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    (second / "value.h").write_text("#define VALUE 1\n")
+    unit = f"#include <value.h>\n{EXPORT} int answer() {{ return VALUE; }}"
+
+    def built() -> int:
+        library = shared_library(unit, label="f", include_paths=(first, second))
+        return ctypes.CDLL(str(library)).answer()
+
+    assert built() == 1
+    (first / "value.h").write_text("#define VALUE 2\n")
+    assert built() == 2
+
+
+@pytest.mark.parametrize("name", ["with space.cpp", "größe.cpp", "a'b$c.cpp"])
+def test_names_with_spaces_and_other_letters(tmp_path, name, steps):
+    folder = tmp_path / "mein Ordner é"
+    folder.mkdir()
+    source, header = folder / name, folder / "ein wert.h"
+    source.write_text(f'#include "ein wert.h"\n{EXPORT} int answer() {{ return VALUE; }}')
+    for value in (1, 2):
+        header.write_text(f"#define VALUE {value}\n")
+        library = shared_library(unit_of(source), label="größe é", include_paths=(folder,))
+        assert ctypes.CDLL(str(library)).answer() == value
+    source.write_text("int f() { return foo; }\n")
+    with pytest.raises(BuildError, match="foo") as caught:
+        shared_library(unit_of(source), label="größe é")
+    assert caught.value.diagnostics[0].line == 1
+
+
+def test_a_source_that_is_a_dangling_link_is_an_error(tmp_path):
+    (tmp_path / "k.cpp").symlink_to(tmp_path / "gone.cpp")
+    with pytest.raises(BuildError, match=r"k\.cpp: No such file"):
+        shared_library(unit_of(tmp_path / "k.cpp"), label="f")
+
+
+def test_a_compiler_that_crashes_is_an_error(tmp_path, monkeypatch):
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 99" && exit 0\nkill -SEGV $$\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(BuildError, match=r"building (f|stubs|a stub.*): the compiler (failed|crashed)"):
+        answer(1)
+
+
+def test_several_units_are_one_library_and_each_error_is_found(tmp_path):
+    units = [
+        Unit("one.cpp", "int one() { return 1; }", toolchains.CPP),
+        Unit("two.cpp", f"int one(); {EXPORT} int answer() {{ return one() + 1; }}", toolchains.CPP),
+    ]
+    library = Job(label="f", units=tuple(units)).library()
+    assert ctypes.CDLL(str(library)).answer() == 2
+    assert sorted(path.suffix for path in library.parent.iterdir() if path.suffix in (".o", ".d")) == []
+    with pytest.raises(BuildError, match=r"two\.cpp:1: .*'foo'"):
+        Job(label="f", units=(units[0], Unit("two.cpp", "int f() { return foo; }", toolchains.CPP))).library()
+
+
+def test_what_a_compiler_throws_away_is_in_the_builds_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    assert answer(3) == 3
+
+
+def test_native_code_is_keyed_by_the_processor(monkeypatch):
+    unit = Unit("unit.cpp", "int f() { return 1; }", toolchains.CPP)
+    job = Job(label="f", units=(unit,), cflags=("-march=native",))
+    here = job.key()
+    assert job.key() == here
+    toolchain._processor.cache_clear()
+    monkeypatch.setattr(toolchain, "_processor", lambda: "another one")
+    monkeypatch.setattr(toolchain, "_output", lambda command: "#define __OTHER__ 1")
+    assert job.key() != here
+
+
+def test_the_users_home_and_the_compilers_folder_are_in_no_key(tmp_path, monkeypatch):
+    unit = Unit("unit.cpp", "int f() { return 1; }", toolchains.CPP)
+    before = Job(label="f", units=(unit,)).key()
+    real = toolchain.get_cxx().path.resolve()
+    (tmp_path / "g++").symlink_to(real)
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Job(label="f", units=(unit,)).key() == before
+
+
+def test_compile_commands_are_those_of_the_users_files(tmp_path):
+    source = tmp_path / "k.cpp"
+    source.write_text("#include <opkit/kernel.h>\nint f() { return 1; }\n")
+    unit = Unit("unit.cpp", unit_of(source), toolchains.CPP)
+    (entry,) = Job(label="f", units=(unit,), cflags=("-DX=1",)).compile_commands()
+    assert entry["file"] == str(source)
+    assert "-DX=1" in entry["arguments"]
+    done = subprocess.run([*entry["arguments"], "-fsyntax-only"], cwd=entry["directory"])
+    assert done.returncode == 0
+
+
+def test_verbose_shows_what_is_run(capfd):
+    answer(4, verbose=True)
+    assert "$ " in capfd.readouterr().err

@@ -150,3 +150,86 @@ def test_commands_and_status_lines_of_ninja_are_no_errors():
         "[1/2] c++ -DX=error -c /w/k.cpp\nFAILED: k.o\nc++ -Wfatal -c /w/k.cpp -o k.o\nninja: build stopped\n"
     )
     assert diagnostics.parse(output) == []
+
+
+def test_a_missing_header_names_the_option_that_adds_its_folder():
+    for line, advice in (
+        (
+            "/w/k.cpp:1:10: fatal error: nope.h: No such file or directory",
+            "Name the folder that has nope.h in",
+        ),
+        (
+            "/w/k.cpp:1:10: fatal error: 'nope.h' file not found",
+            "Name the folder that has nope.h in extra_include_p",
+        ),
+        (
+            '/w/k.cu(1): catastrophic error: cannot open source file "a/nope.h"',
+            "Name the folder that has a/nope.h in extra_include_paths, or correct the #include.",
+        ),
+        (
+            "/t/CUDAMacros.h:8:10: fatal error: c10/cuda/impl/cuda_cmake_macros.h: No such file or directory",
+            "torch w",
+        ),
+        ("/w/k.cpp:1:10: fatal error: Python.h: No such file or directory", "apt install python3-dev"),
+    ):
+        error = diagnostics.failure(f"{line}\n    1 | #include\n", label="f", log_path=Path("/c/log.txt"))
+        said, log = str(error).splitlines()[-2:]
+        assert advice in said
+        assert log == "full log: /c/log.txt"
+        assert len(error.diagnostics) == 1
+
+
+def test_an_unsupported_architecture_says_where_it_is_set():
+    for line, name in (
+        ("nvcc fatal   : Unsupported gpu architecture 'compute_20'", "compute_20"),
+        ("ptxas fatal   : Value 'sm_20' is not defined for option 'gpu-name'", "sm_20"),
+    ):
+        error = diagnostics.failure(line, label="f [cuda]")
+        assert (
+            str(error)
+            .splitlines()[-1]
+            .startswith(
+                f"This nvcc does not know {name}. Set TORCH_CUDA_ARCH_LIST to architectures that it knows"
+            )
+        )
+
+
+def test_a_missing_library_names_the_option_that_adds_its_folder():
+    error = diagnostics.failure("/usr/bin/ld: cannot find -lfoo: No such file or directory", label="f")
+    assert str(error).splitlines()[-1] == "Name the folder of libfoo.so in extra_ldflags: -L<folder>."
+
+
+def test_an_undefined_symbol_is_demangled_with_its_likely_cause():
+    for symbol, name, cause in (
+        (
+            "_ZN4demo3addEfi",
+            "demo::add(float, int)",
+            "Add the source that defines it to the sources, or name",
+        ),
+        (
+            "_ZN2at4_ops9future_op4callERKNS_6TensorE",
+            "at::_ops::future_op::call(at::Tensor const&)",
+            "torch's, and",
+        ),
+        (
+            "aoti_torch_future",
+            "aoti_torch_future",
+            "does not export it: the library was compiled for another torch",
+        ),
+        ("cudaMalloc", "cudaMalloc", "with_cuda=True"),
+        ("cublasSgemm_v2", "cublasSgemm_v2", "extra_ldflags, such as -lcublas"),
+        ("PyFuture_New", "PyFuture_New", "another Python"),
+    ):
+        error = diagnostics.unloadable(
+            OSError(f"/c/k.so: undefined symbol: {symbol}"), label="k [cpp]", op="a::k"
+        )
+        assert str(error).startswith(
+            f"loading k [cpp]: it needs {name}, which no library of this process defines;"
+        )
+        assert cause in str(error)
+        assert error.op == "a::k"
+    assert (
+        str(diagnostics.unloadable(OSError("/c/k.so: too short"), label="k"))
+        == "loading k: /c/k.so: too short."
+    )
+    assert diagnostics.demangled("main") == "main"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,14 +10,21 @@ import pytest
 import torch
 
 from opkit import _config
-from opkit.cpp import _aten, extension, toolchain
-from opkit.cpp.extension import build, load, load_inline
+from opkit.cpp import _aten, _jobs, extension, toolchain
+from opkit.cpp._progress import Progress
+from opkit.cpp.extension import load_inline
 from opkit.errors import BuildError, ConfigError
 
 pytestmark = pytest.mark.skipif(
     toolchain.find_cxx() is None or toolchain.find_ninja() is None, reason="needs a C++ compiler and ninja"
 )
 needs_nvcc = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+
+# Sources without torch's headers are quick to build; this file is about those that have them.
+load = functools.partial(extension.load, tier="aten")
+build = functools.partial(extension.build, tier="aten")
+
+SOURCES = Path(__file__).parent / "sources"  # as others write them
 
 # Python.h alone builds in a second; pybind11 takes five, torch/extension.h forty.
 MODULE = """
@@ -64,9 +72,7 @@ def test_load_builds_once_and_a_hit_runs_and_prints_nothing(source, runs, capfd)
     module = load("valued", source)
     assert module.value() == 1
     assert (module.__name__, Path(module.__file__).name) == ("valued", "valued.so")
-    err = capfd.readouterr().err
-    assert "opkit: building valued [cpp] ...\n" in err
-    assert "opkit: built valued [cpp] in " in err
+    assert "opkit: built valued [cpp] in " in capfd.readouterr().err
     assert load("valued", [str(source)]) is module
     assert capfd.readouterr() == ("", "")
     assert runs == ["valued"]
@@ -166,7 +172,7 @@ def test_sources_of_one_name_in_two_folders(tmp_path):
 
 
 def test_processes_with_one_name_and_different_sources_run_their_own_code(source, cache_dir):
-    code = "import sys; from opkit.cpp.extension import load; print(load('valued', sys.argv[1]).value())"
+    code = "import sys; from opkit.cpp import load; print(load('valued', sys.argv[1], tier='aten').value())"
     environment = {**os.environ, "OPKIT_CACHE_DIR": str(cache_dir), "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = []
     for value in (1, 2, 2):
@@ -200,8 +206,12 @@ def test_a_library_of_ops_is_loaded_into_torch_and_its_path_returned():
 
 
 def _other_content(text):
-    job = _aten.Job.of("ops", text + "//", None, None, None, None, None, False, is_module=False)
-    return job, Path("elsewhere.so")
+    return _job("ops", text + "//"), Path("elsewhere.so")
+
+
+def _job(name, sources, **flags):
+    options = ("extra_cflags", "extra_cuda_cflags", "extra_ldflags", "extra_include_paths", "with_cuda")
+    return _aten.Job.of(name, sources, *map(flags.get, options), False, is_module=False)
 
 
 def test_a_module_without_its_entry_point_says_what_to_write(source):
@@ -265,7 +275,7 @@ def test_sources_that_cannot_be(tmp_path):
         load_inline("f", "int x;", functions=[3])
 
 
-@pytest.mark.parametrize("function", [load, load_inline, build])
+@pytest.mark.parametrize("function", [extension.load, load_inline, extension.build])
 @pytest.mark.parametrize(
     "name", ["extra_cflags", "extra_cuda_cflags", "extra_ldflags", "extra_include_paths"]
 )
@@ -296,6 +306,84 @@ def test_max_jobs_must_be_a_number(monkeypatch, source):
     monkeypatch.setenv("MAX_JOBS", "many")
     with pytest.raises(ConfigError, match="MAX_JOBS: found 'many'.*MAX_JOBS=2"):
         load("valued", source)
+
+
+def test_cuda_of_another_major_version_than_torchs_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "k.cu").write_text("")
+    nvcc = toolchain.Compiler(tmp_path / "nvcc", "Cuda compilation tools, release 12.8, V12.8.61", ("nvcc",))
+    monkeypatch.setattr(toolchain, "get_nvcc", lambda: nvcc)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(
+        BuildError,
+        match=r"building f: nvcc is of CUDA 12.8 .* of CUDA 13.0; expected one major .*Set CUDA_HOME",
+    ):
+        build("f", tmp_path / "k.cu")
+    for version in ("12.4", None):  # another minor version, a torch for the CPU
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert _job("f", tmp_path / "k.cu").nvcc == nvcc
+
+
+def test_a_missing_header_says_where_folders_are_named(tmp_path):
+    with pytest.raises(
+        BuildError, match=r"(?s)1 error, at .*:1: nowhere.h.*Name the folder that has nowhere.h in"
+    ):
+        build("f", '#include "nowhere.h"\n')
+
+
+def test_build_directory_gets_a_copy_and_the_cached_one_is_loaded(source, tmp_path):
+    first = load("valued", source, build_directory=tmp_path / "out")
+    assert (tmp_path / "out" / "valued.so").read_bytes() == Path(first.__file__).read_bytes()
+    (source.parent / "value.h").write_text("#define VALUE 2\n")
+    second = load("valued", source, build_directory=str(tmp_path / "out"))
+    assert (first.value(), second.value()) == (1, 2)
+    assert (tmp_path / "out" / "valued.so").read_bytes() == Path(second.__file__).read_bytes()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["valued.so"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        BuildError, match=r"building valued \[cpp\]: its library cannot be put into build_directory"
+    ):
+        load("valued", source, build_directory=tmp_path / "file")
+
+
+def test_compile_commands_name_each_source_once(source, tmp_path):
+    other = tmp_path / "more" / "k.cpp"  # of the same name: a stand-in is compiled
+    other.parent.mkdir()
+    other.write_text("int other;\n")
+    job = _job("f", [source, other, "int text;\n"], extra_cflags=["-DMINE=1"])
+    first, second = job.compile_commands()
+    assert [first["file"], second["file"]] == [str(source), str(other)]
+    for entry in (first, second):
+        assert entry["arguments"][0] == toolchain.get_cxx().command[0]
+        assert {"-DMINE=1", "-std=c++20", entry["file"]} <= set(entry["arguments"])
+        command = [*entry["arguments"], "-fsyntax-only"]
+        assert subprocess.run(command, cwd=entry["directory"]).returncode == 0
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "k.cpp",
+        "k.cpp",
+        "value.h",
+    ]
+
+
+def test_jobs_are_bounded_by_cores_and_memory(monkeypatch, source):
+    asked = []
+    monkeypatch.setattr(_aten._jobs, "limit", lambda memory_each: asked.append(memory_each) or 3)
+    commands = []
+    run = _aten.Job._run_ninja
+    monkeypatch.setattr(
+        _aten.Job,
+        "_run_ninja",
+        lambda self, command, *args: commands.append(command) or run(self, command, *args),
+    )
+    build("valued", source)
+    assert asked == [_jobs.CXX_MEMORY]
+    assert commands[0][-2:] == ["-j", "3"]
+
+
+def test_the_steps_of_ninja_are_shown(source, monkeypatch):
+    steps = []
+    monkeypatch.setattr(Progress, "step", lambda self, done, of=None: steps.append((done, of)))
+    build("valued", source)
+    assert steps == [(1, 2), (2, 2)]
 
 
 def test_rocm_is_refused_in_one_sentence(monkeypatch, tmp_path):
@@ -344,6 +432,53 @@ def test_build_compiles_and_links_cuda_without_a_gpu(tmp_path, monkeypatch, runs
         assert "libtorch_cuda.so" in needed
 
 
+def test_an_extension_in_the_style_of_extension_cpp_runs():
+    module = load("_C", SOURCES / "muladd" / "muladd.cpp", extra_cflags=["-O0"])
+    assert module.__name__ == "_C"
+    a, b = torch.randn(5), torch.randn(5)
+    assert torch.equal(torch.ops.extension_muladd.mymuladd(a, b, 2.0), a * b + 2)
+    out = torch.empty(5)
+    torch.ops.extension_muladd.myadd_out(a, b, out)
+    assert torch.equal(out, a + b)
+    with pytest.raises(RuntimeError):
+        torch.ops.extension_muladd.mymuladd(a, b.double(), 2.0)
+
+
+@needs_nvcc
+def test_an_architecture_that_nvcc_does_not_know_says_where_it_is_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "2.0")
+    (tmp_path / "k.cu").write_text("__global__ void k() {}\n")
+    with pytest.raises(
+        BuildError, match=r"(?s)Unsupported gpu architecture.*Set TORCH_CUDA_ARCH_LIST to arch"
+    ):
+        build("old", tmp_path / "k.cu")
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_an_extension_of_several_files_in_c_and_cuda_builds(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    folder = SOURCES / "muladd"
+    library = build("_C", [folder / "muladd.cpp", folder / "cuda" / "muladd.cu"], extra_cflags=["-O0"])
+    symbols = subprocess.run(["nm", "-DC", str(library)], capture_output=True, text=True).stdout
+    assert "extension_muladd::mymuladd_cpu" in symbols
+    assert "extension_muladd::mymuladd_cuda" in symbols
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_vector_add_of_tutorials_builds_and_runs_on_a_gpu(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    library = build("vector_add", SOURCES / "vector_add.cu")
+    symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True).stdout
+    assert "PyInit_vector_add" in symbols
+    if not torch.cuda.is_available():
+        pytest.skip("it was built; running it needs a GPU")
+    a, b = torch.randn(2, 1000, device="cuda", dtype=torch.float64)
+    assert torch.equal(load("vector_add", SOURCES / "vector_add.cu").vector_add(a, b), a + b)
+
+
 @needs_nvcc
 def test_an_error_in_a_cu_source_is_on_its_line(tmp_path):
     source = tmp_path / "k.cu"
@@ -373,5 +508,7 @@ def test_importing_the_package_compiles_nothing_and_looks_for_nothing(cache_dir)
     code += "; import opkit.cpp; print(sorted(opkit.cpp.__all__))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout == "['build', 'kernel', 'load', 'load_inline']\n", done.stderr
+    assert done.stdout == "['Toolchain', 'build', 'kernel', 'load', 'load_inline', 'register_toolchain']\n", (
+        done.stderr
+    )
     assert not cache_dir.exists()

@@ -50,7 +50,7 @@ def test_find_cxx_prefers_cxx_over_path(bare, monkeypatch):
     compiler = toolchain.get_cxx()
     assert compiler.path == other
     assert "mine 1.2" in compiler.version
-    assert str(other.resolve()) in compiler.version
+    assert str(other) not in compiler.version  # or a cache would not be shared by machines
 
 
 def test_find_cxx_takes_clang_where_there_is_no_gcc(bare):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import opkit
 
@@ -85,6 +89,101 @@ def test_meta_function_that_needs_a_tracer_is_not_held_against_outputs():
 
     op = op_with(lambda x: x[x > 2], meta)
     assert op(T).tolist() == [3, 4, 5]
+
+
+# ---------------------------------------------------------------- sizes that depend on data
+
+
+def picking(shapes, reference=None):
+    """Where x is above 2, and what is there."""
+
+    def pick(x):
+        return reference(x) if reference else ((x > 2).nonzero(), x[x > 2])
+
+    pick.__annotations__ = {"x": Tensor, "return": tuple[Tensor, Tensor]}
+    return opkit.op("t::pick", shapes=shapes)(pick)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dynamic"), [("a b -> ?m 2:int64, ?m", False), ("a b -> ?m<=a*b 2:int64, ?m", True)]
+)
+def test_data_dependent_size_is_a_symbol_under_tracing(shapes, dynamic):
+    op = picking(shapes)
+
+    def double(x):
+        index, value = op(x)
+        return index[:, 1] + value
+
+    compiled = torch.compile(double, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for x in (T, -T, T * 9, T + 3):
+        assert torch.equal(compiled(x), double(x))
+
+
+def test_one_name_is_one_symbol():
+    op = picking("a b -> ?m ?k:int64, ?m")
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        index, value = op(mode.from_tensor(T))
+    assert str(index.shape[0]) == str(value.shape[0]) != str(index.shape[1])
+
+
+@pytest.mark.parametrize("dim", [None, torch.export.Dim("a")], ids=["static", "dynamic"])
+def test_data_dependent_size_is_exported_with_its_bound(dim):
+    op = picking("a b -> ?m<=a*b 2:int64, ?m")
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return op(x)[1]
+
+    program = torch.export.export(Module(), (T,), dynamic_shapes=({0: dim},) if dim else None)
+    assert program.module()(T).tolist() == [3, 4, 5]
+    if dim is None:
+        assert [str(r) for r in program.range_constraints.values()][0] == "VR[0, 6]"
+    else:
+        assert "_assert_scalar" in program.graph_module.code  # at most a * b, which only a call knows
+        assert program.module()(torch.ones(7, 3) * 3).shape == (21,)
+
+
+def test_data_dependent_size_is_refused_on_the_meta_device():
+    op = picking("a b -> ?m<=a*b 2:int64, ?m")
+    text = (
+        r"calling t::pick on the meta device: the size \?m<=6 of output out0 depends on data; expected tensors that "
+        r"have some, or a tracer .*Move the arguments to another device\."
+    )
+    with pytest.raises(opkit.ShapeError, match=text) as caught:
+        op(T.to("meta"))
+    assert caught.value.op == "t::pick"
+    with FakeTensorMode() as mode, pytest.raises(DynamicOutputShapeException):  # torch's, which Dynamo knows
+        op(mode.from_tensor(T))
+
+
+@pytest.mark.parametrize(
+    ("reference", "text"),
+    [
+        (lambda x: (x.new_zeros(7, 2).long(), x.new_zeros(7)),
+         "returned out0 with 7 in dimension 0, ?m; expected at most 6 by the shape line"),
+        (lambda x: (x.new_zeros(3, 2).long(), x.new_zeros(2)),
+         "returned out1 with 2 in dimension 0, ?m; expected 3, as in out0"),
+        (lambda x: (x.new_zeros(3, 3).long(), x.new_zeros(3)),
+         "returned out0 with the shape (3, 3); expected (3, 2) by the shape line"),
+        (lambda x: (x.new_zeros(3, 2).long(), x.new_zeros(3, 1)),
+         "returned out1 with the shape (3, 1); expected (?m<=6,) by the shape line"),
+        (lambda x: (x.new_zeros(3, 2), x.new_zeros(3)),
+         "returned out0 with the dtype torch.float32; expected torch.int64 by the shape line"),
+    ],
+    ids=["bound", "name", "size", "rank", "dtype"],
+)  # fmt: skip
+def test_output_that_a_data_dependent_size_does_not_allow_is_refused(reference, text):
+    op = picking("a b -> ?m<=a*b 2:int64, ?m", reference)
+    with pytest.raises(opkit.OutputError, match=f"t::pick: the reference kernel {re.escape(text)}"):
+        op(T)
+
+
+def test_output_of_a_data_dependent_size_is_made_contiguous():
+    op = picking("a b -> ?m 2:int64, ?m")
+    index, value = op(T)
+    assert (T > 2).nonzero().stride() == (1, 3)
+    assert (index.tolist(), index.stride()) == ([[1, 0], [1, 1], [1, 2]], (2, 1))
+    assert value.tolist() == [3, 4, 5]
 
 
 def test_declared_dtype_holds_under_autocast():

@@ -12,7 +12,8 @@ import pytest
 
 import opkit
 from opkit import _config, _registry
-from opkit.dispatch import preference, select, sources
+from opkit import _sources as sources
+from opkit.dispatch import preference, select
 from opkit.plugins import discovery, loader
 
 

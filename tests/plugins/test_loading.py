@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import opkit
-from opkit.dispatch import sources
+from opkit import _sources as sources
 from opkit.errors import BackendError, ConfigError, RegistrationError
 
 GOOD = """

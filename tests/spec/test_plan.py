@@ -45,6 +45,12 @@ def infer(line, *values, **kwargs):
         ("*n -> n", {}, r"'n' and '\*n' at column 7; expected one meaning for a name"),
         ("n -> _", {}, "'_' in an output at column 6; expected a size that the inputs bind"),
         ("n -> ...", {}, r"'...' in an output"),
+        ("?m -> 1", {}, r"\?m in an input at column 1; expected a name, since the size is known"),
+        ("n -> ?n", {}, r"\?n and 'n' at column 6; expected one meaning for a name"),
+        ("*n -> ?n", {}, r"\?n and 'n' at column 7; expected one meaning for a name"),
+        ("n -> ?m m", {}, "'m' is bound by no input at column 9"),
+        ("n -> ?m<=k", {}, "'k' is bound by no input at column 6; expected one of n"),
+        ("n -> ?m<=n ?m<=2*n", {}, r"\?m<=2\*n after \?m<=n at column 12; expected one bound for a name"),
         ("n -> n:float33", {}, "the suffix 'float33' at column 8; expected a dtype such as float32"),
         ("n:k -> n", {"k": int}, "the suffix 'k' at column 3"),
         (
@@ -166,13 +172,28 @@ def test_ops_without_tensors_take_dtype_and_device_from_their_arguments():
     assert (metas, device) == ([((3, 2), "float16")], torch.device("meta"))
 
 
+def test_sizes_that_depend_on_data_are_open():
+    line = "n, k -> ?m 2, ?m<=n+j ?i"
+    (first, second), _ = plan_of(line, results=2, j=int).infer(T(3), T(4), 10)
+    assert (first.shape, second.shape) == ((("m", 13), 2), (("m", 13), ("i", None)))
+    assert str(first.shape + second.shape) == "(?m<=13, 2, ?m<=13, ?i)"
+    assert str(plan_of(line, results=2, j=int).line) == line
+
+
+def test_bound_that_divides_by_zero_names_it():
+    with pytest.raises(
+        opkit.ShapeError, match=r"the size n//k divides by zero \(n = 3 by dimension 0 of a, k = 0 by"
+    ):
+        infer("n -> ?m<=n//k", T(3), 0, k=int)
+
+
 # ---------------------------------------------------------------- the fast check and its slow explanation agree
 
 LINES = [
     "*b n, n -> *b n", "n m, m k -> n k", "n *b, *b n -> n", "n, 2*n, n//2 -> n%3", "i j, _ i, ... -> i j",
     "n, m, n+m -> m",
     "*b 1, 2 *b, n -> *b n", "(), n, n n -> n", "n:int8, n:a, n:float32 -> n", "*b, *c, n -> *c n",
-    "n, n%m, m -> n//m",
+    "n, n%m, m -> n//m", "n, m, n -> ?k<=n//m",
 ]  # fmt: skip
 sizes = st.lists(st.integers(0, 3), max_size=3)
 tensors = st.tuples(sizes, st.sampled_from([torch.float32, torch.int8])).map(lambda t: T(t[0], dtype=t[1]))

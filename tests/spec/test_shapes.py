@@ -27,6 +27,16 @@ def test_entries_keep_names_numbers_stars_and_suffixes():
     assert line.outputs[1].dims == ()
 
 
+def test_data_dependent_size_keeps_its_name_and_bound():
+    free, bounded = parse("n -> ?m ?k<=n//2").outputs[0].dims
+    assert [(d.text, d.is_open, d.is_name, d.is_any, d.star) for d in (free, bounded)] == [
+        ("m", True, False, False, False),
+        ("k", True, False, False, False),
+    ]
+    assert (free.bound, free.names(), bounded.names()) == (None, (), ("n",))
+    assert (bounded.bound.text, bounded.bound.column) == ("n//2", 12)
+
+
 @pytest.mark.parametrize(
     ("text", "plain"),
     [
@@ -35,6 +45,7 @@ def test_entries_keep_names_numbers_stars_and_suffixes():
         ("007 -> 0", "7 -> 0"), ("() -> ()", "() -> ()"), ("n : x -> n", "n:x -> n"), ("... n -> n", "... n -> n"),
         ("if -> if", "if -> if"), ("n -> (n+1)//2%3", "n -> (n+1)//2%3"),
         ("9223372036854775807 ->", "9223372036854775807 ->"),
+        ("n -> ?m ?k<=007:x", "n -> ?m ?k<=7:x"), ("n->2 ?m<=2*n", "n -> 2 ?m<=2*n"),
     ],
 )  # fmt: skip
 def test_line_prints_in_its_plain_spelling(text, plain):
@@ -67,8 +78,18 @@ WRONG = [
     ("ñ -> 3", "'ñ'", 0),
     ("٣ -> 3", "'٣'", 0),
     ("² -> 3", "'²'", 0),
-    ("n -> [n]", r"'\[n\]' at column 6; .*lists and data-dependent sizes need register_fake", 5),
-    ("n -> ?m", r"'\?m'", 5),
+    ("n -> [n]", r"'\[n\]' at column 6; expected a dimension; lists need register_fake", 5),
+    ("n -> ?", r"'\?' at column 6; expected \?name or \?name<=bound for a size that depends on data", 5),
+    ("n -> ?_", r"'\?_' at column 6", 5),
+    ("n -> ?2", r"'\?2'", 5),
+    ("n -> ?m<n", r"'\?m<n'", 5),
+    ("n -> 2*?m", r"'2\*\?m' at column 6; expected a name, a number, .*\?name", 5),
+    ("n -> ?m<=", "the bound '' at column 10; expected a name, a number or an expression without spaces", 9),
+    ("n -> ?m<= n", "the bound '' at column 10", 9),
+    ("n -> ?mm<=*b", r"the bound '\*b' at column 11", 10),
+    ("n -> ?m<=_", "the bound '_'", 9),
+    ("n -> ?m<=?k", r"the bound '\?k'", 9),
+    ("n -> ?m<=9223372036854775808", "a number that no size can have at column 10", 9),
     ("n -> 9223372036854775808", "a number that no size can have", 5),
     ("n -> " + "9" * 5000, "a number that no size can have", 5),
     ("n -> n*9223372036854775808", "expected a name, a number", 5),
@@ -121,7 +142,9 @@ expressions = st.recursive(
     lambda inner: st.tuples(inner.map("({})".format), st.sampled_from("+-*%"), atoms).map("".join),
     max_leaves=4,
 )
-plain_dims = st.one_of(names, numbers, st.just("_"), expressions)
+bounds = st.one_of(names, numbers, expressions)
+opened = st.one_of(names.map("?{}".format), st.tuples(names, bounds).map(lambda t: "?{}<={}".format(*t)))
+plain_dims = st.one_of(names, numbers, st.just("_"), expressions, opened)
 
 
 @st.composite

@@ -26,6 +26,10 @@ int32_t torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data);
 int32_t aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
                                  int32_t dtype, int32_t device_type, int32_t device_index,
                                  AtenTensorHandle* tensor);
+int32_t aoti_torch__reinterpret_tensor(AtenTensorHandle tensor, int64_t dim, const int64_t* sizes,
+                                       const int64_t* strides, int64_t offset,
+                                       AtenTensorHandle* view);
+int32_t aoti_torch_copy_(AtenTensorHandle tensor, AtenTensorHandle source, int32_t non_blocking);
 int32_t torch_list_size(StableListHandle list, size_t* size);
 int32_t torch_list_get_item(StableListHandle list, size_t index, uint64_t* item);
 int32_t torch_delete_list(StableListHandle list);
@@ -43,8 +47,11 @@ int32_t aoti_torch_delete_cuda_guard(CUDAGuardHandle guard);
 namespace opkit {
 namespace glue {
 
+[[noreturn]] OPKIT_COLD inline void refused(const char* what, const char* name) {
+  fail("torch could not give the ", what, " of argument ", name);
+}
 inline void ok(int32_t status, const char* what, const char* name) {
-  if (status) fail("torch could not give the ", what, " of argument ", name);
+  if (status) refused(what, name);
 }
 
 template <class T>
@@ -85,32 +92,35 @@ class TensorArg {
     name_ = name;
     mutable_ = is_mutable;
   }
+  void swap(TensorArg& other) {
+    const AtenTensorHandle handle = handle_;
+    handle_ = other.handle_;
+    other.handle_ = handle;
+  }
   uint64_t release() {
     uint64_t value = 0;
     __builtin_memcpy(&value, &handle_, sizeof(handle_));
     handle_ = nullptr;
     return value;
   }
-  Tensor open() const {
+  // `found` is where the kernel leaves the sizes of data-dependent dimensions.
+  OPKIT_ONCE Tensor open(int64_t* found = nullptr) const {
     if (!handle_) return Tensor(name_);
     int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
     int32_t dtype = 0;
     Device device{0, 0};
     void* data = nullptr;
-    ok(aoti_torch_get_dim(handle_, &dim), "rank", name_);
-    ok(aoti_torch_get_sizes(handle_, &sizes), "sizes", name_);
-    ok(aoti_torch_get_strides(handle_, &strides), "strides", name_);
-    ok(aoti_torch_get_dtype(handle_, &dtype), "dtype", name_);
-    ok(aoti_torch_get_device_type(handle_, &device.type), "device", name_);
-    ok(aoti_torch_get_device_index(handle_, &device.index), "device", name_);
-    if (mutable_) {
-      ok(torch_get_mutable_data_ptr(handle_, &data), "data", name_);
-    } else {
-      const void* readable = nullptr;
-      ok(torch_get_const_data_ptr(handle_, &readable), "data", name_);
-      data = const_cast<void*>(readable);
-    }
-    return Tensor(name_, data, sizes, strides, dim, static_cast<DType>(dtype), device);
+    // One test for all of them: each would be another way out, which takes a millisecond to compile.
+    int32_t status = aoti_torch_get_dim(handle_, &dim);
+    status |= aoti_torch_get_sizes(handle_, &sizes);
+    status |= aoti_torch_get_strides(handle_, &strides);
+    status |= aoti_torch_get_dtype(handle_, &dtype);
+    status |= aoti_torch_get_device_type(handle_, &device.type);
+    status |= aoti_torch_get_device_index(handle_, &device.index);
+    status |= mutable_ ? torch_get_mutable_data_ptr(handle_, &data)
+                       : torch_get_const_data_ptr(handle_, const_cast<const void**>(&data));
+    ok(status, "sizes, dtype, device or data", name_);
+    return Tensor(name_, data, sizes, strides, dim, static_cast<DType>(dtype), device, found);
   }
 
  private:
@@ -240,20 +250,22 @@ class Sizes {
  public:
   static constexpr int64_t kMax = 64;  // torch's own limit
   Sizes() = default;
-  Sizes(const Tensor& tensor, int64_t from, int64_t until) {
+  OPKIT_ONCE Sizes(const Tensor& tensor, int64_t from, int64_t until) {
     for (int64_t i = from; i < tensor.dim() + until; ++i) push(tensor.sizes()[i]);
   }
-  void push(int64_t size) {
+  OPKIT_ONCE void push(int64_t size) {
     if (count_ == kMax) fail("an output has more than ", kMax, " dimensions");
     values_[count_++] = size;
   }
-  void push(const Sizes& other) {
+  OPKIT_ONCE void push(const Sizes& other) {
     for (int64_t i = 0; i < other.count_; ++i) push(other.values_[i]);
   }
-  bool operator==(const Sizes& other) const {
+  OPKIT_ONCE bool operator==(const Sizes& other) const {
     if (count_ != other.count_) return false;
-    for (int64_t i = 0; i < count_; ++i)
+    for (int64_t i = 0; i < count_; ++i) {
+      OPKIT_SCALAR_LOOP;
       if (values_[i] != other.values_[i]) return false;
+    }
     return true;
   }
   int64_t count() const { return count_; }
@@ -264,27 +276,104 @@ class Sizes {
   int64_t count_ = 0;
 };
 
-// Allocate a contiguous output.
-inline void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType dtype,
-                     Device device) {
-  int64_t strides[Sizes::kMax];
-  int64_t step = 1;
-  for (int64_t i = sizes.count() - 1; i >= 0; --i) {
-    if (sizes.data()[i] < 0) fail("output ", name, " would have the size ", sizes.data()[i]);
-    strides[i] = step;
-    step *= sizes.data()[i] > 1 ? sizes.data()[i] : 1;
+// The strides of a contiguous tensor.
+class Strides {
+ public:
+  OPKIT_ONCE Strides(int64_t dim, const int64_t* sizes) {
+    int64_t step = 1;
+    for (int64_t i = dim - 1; i >= 0; --i) {
+      OPKIT_SCALAR_LOOP;
+      values_[i] = step;
+      step *= sizes[i] > 1 ? sizes[i] : 1;
+    }
   }
+  const int64_t* data() const { return values_; }
+
+ private:
+  int64_t values_[Sizes::kMax];
+};
+
+// Allocate a contiguous output.
+OPKIT_ONCE inline void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType dtype,
+                                Device device) {
+  for (int64_t i = 0; i < sizes.count(); ++i)
+    if (sizes.data()[i] < 0) fail("output ", name, " would have the size ", sizes.data()[i]);
   out.set_name(name, true);
-  if (aoti_torch_empty_strided(sizes.count(), sizes.data(), strides, static_cast<int32_t>(dtype),
-                               device.type, device.index, out.slot()))
+  if (aoti_torch_empty_strided(sizes.count(), sizes.data(),
+                               Strides(sizes.count(), sizes.data()).data(),
+                               static_cast<int32_t>(dtype), device.type, device.index, out.slot()))
     fail("torch could not allocate output ", name);
 }
 
-[[noreturn]] inline void misfit(const Tensor& tensor, const char* entry) {
+// The data-dependent dimensions of one output, in the order of its entry: it is allocated with their bounds, the kernel
+// sets the sizes, and what is returned has those.
+class Open {
+ public:
+  Open() {
+    for (int64_t& size : found_) size = Tensor::kDeclared;
+  }
+  void add(int64_t axis) {
+    axis_[count_++] = axis;
+    found_[axis] = Tensor::kUnset;
+  }
+  int64_t* found() { return found_; }
+  int64_t size(int64_t i) const { return found_[axis_[i]]; }
+  // Every size was set.
+  OPKIT_ONCE void check(const char* name) const {
+    for (int64_t i = 0; i < count_; ++i)
+      if (size(i) == Tensor::kUnset)
+        fail("the kernel did not set the size of dimension ", axis_[i], " of output ", name,
+             "; expected ", name, ".set_size(", axis_[i], ", count)");
+  }
+  // Give `out` the sizes that the kernel set. What is left stays where it lies if that is contiguous and no less than
+  // half of the memory, else it moves to memory of its own.
+  OPKIT_ONCE void close(TensorArg& out, const char* name) const {
+    const Tensor whole = out.open();
+    Sizes sizes;
+    int64_t used = 1;
+    bool same = true;
+    for (int64_t i = 0; i < whole.dim(); ++i) {
+      const int64_t size = found_[i] == Tensor::kDeclared ? whole.sizes()[i] : found_[i];
+      same = same && size == whole.sizes()[i];
+      used *= size;
+      sizes.push(size);
+    }
+    if (same) return;
+    const Strides strides(sizes.count(), sizes.data());
+    bool fits = 2 * used >= whole.numel();
+    for (int64_t i = 0; i < sizes.count(); ++i)
+      if (sizes.data()[i] > 1 && strides.data()[i] != whole.strides()[i]) fits = false;
+    TensorArg rest, packed;
+    int32_t status =
+        aoti_torch__reinterpret_tensor(*out.slot(), sizes.count(), sizes.data(),
+                                       fits ? strides.data() : whole.strides(), 0, rest.slot());
+    if (!status && !fits) {
+      allocate(packed, name, sizes, whole.dtype(), whole.device());
+      if (used > 0) status = aoti_torch_copy_(*packed.slot(), *rest.slot(), 0);
+    }
+    if (status) fail("torch could not give output ", name, " the sizes that the kernel set");
+    out.swap(fits ? rest : packed);
+  }
+
+ private:
+  int64_t found_[Sizes::kMax];
+  int64_t axis_[Sizes::kMax];
+  int64_t count_ = 0;
+};
+
+// One name of the shape line is one size.
+OPKIT_ONCE inline void same_size(const char* name, int64_t first, const char* first_output,
+                                 int64_t other, const char* other_output) {
+  if (first != other)
+    fail("the kernel set ", name, " to ", first, " in output ", first_output, " and to ", other,
+         " in output ", other_output, "; expected one size");
+}
+
+[[noreturn]] OPKIT_COLD inline void misfit(const Tensor& tensor, const char* entry) {
   fail("argument ", tensor.name(), " does not fit its shape '", entry, "'");
 }
 
-inline void same_device(const Tensor& first, const Tensor& other) {
+OPKIT_ONCE inline void same_device(const Tensor& first, const Tensor& other) {
   if (first && other &&
       (first.device().type != other.device().type || first.device().index != other.device().index))
     fail("arguments ", first.name(), " and ", other.name(),
@@ -292,7 +381,7 @@ inline void same_device(const Tensor& first, const Tensor& other) {
 }
 
 // Python's // and %, which round down.
-inline int64_t floor_div(int64_t a, int64_t b) {
+OPKIT_ONCE inline int64_t floor_div(int64_t a, int64_t b) {
   if (b == 0) fail("a size in the shape line divides by zero");
   return a / b - (a % b != 0 && (a < 0) != (b < 0));
 }
@@ -315,16 +404,6 @@ class DeviceGuard {
   CUDAGuardHandle guard_ = nullptr;
 };
 #endif
-
-// Run the generated body; what it throws names the op.
-template <class Body>
-void guarded(const Body& body) {
-  try {
-    body();
-  } catch (const Error&) { throw; } catch (const std::exception& error) {
-    fail(error.what());
-  }
-}
 
 }  // namespace glue
 }  // namespace opkit

@@ -12,23 +12,22 @@
 // A kernel is a function named after its op: inputs in schema order, then outputs, which are
 // already allocated. Views are valid for the duration of the call. Everything here is plain C++17
 // over a few symbols of torch's C shim; nothing of it depends on the version of torch.
+//
+//     error.h   OPKIT_CHECK and what else may go wrong
+//     number.h  BFloat16, Half, the float8 and packed float4 types, Complex
+//     view.h    typed views: Elements in order, View by index
+//     vec.h     several elements as one value
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include <exception>
+#include <opkit/error.h>
+#include <opkit/number.h>
+#include <opkit/vec.h>
 
 #if defined(__CUDACC__)
-#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
-#define OPKIT_HOST_DEVICE __host__ __device__
-#else
-#define OPKIT_HOST_DEVICE
-#endif
-
-#ifndef OPKIT_OP  // the generated glue names the op, so that every error does
-#define OPKIT_OP "kernel"
 #endif
 
 extern "C" {
@@ -40,131 +39,6 @@ int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 }
 
 namespace opkit {
-
-// ---------------------------------------------------------------- errors
-
-// Text of bounded length, built without allocating.
-class Text {
- public:
-  Text& operator<<(const char* s) {
-    while (*s && length_ < sizeof(buffer_) - 1) buffer_[length_++] = *s++;
-    buffer_[length_] = 0;
-    return *this;
-  }
-  Text& operator<<(bool value) { return *this << (value ? "true" : "false"); }
-  Text& operator<<(int value) { return *this << static_cast<long long>(value); }
-  Text& operator<<(long value) { return *this << static_cast<long long>(value); }
-  Text& operator<<(long long value) {
-    if (value < 0) *this << "-";
-    return digits(value < 0 ? 0ULL - static_cast<unsigned long long>(value)
-                            : static_cast<unsigned long long>(value));
-  }
-  Text& operator<<(unsigned value) { return digits(value); }
-  Text& operator<<(unsigned long value) { return digits(value); }
-  Text& operator<<(unsigned long long value) { return digits(value); }
-  Text& operator<<(double value) {
-    char number[40];
-    __builtin_snprintf(number, sizeof(number), "%g", value);
-    return *this << number;
-  }
-  const char* c_str() const { return buffer_; }
-
- private:
-  Text& digits(unsigned long long value) {
-    char number[24];
-    char* p = number + sizeof(number) - 1;
-    *p = 0;
-    do *--p = static_cast<char>('0' + value % 10);
-    while (value /= 10);
-    return *this << p;
-  }
-  char buffer_[1000] = {0};
-  size_t length_ = 0;
-};
-
-// What OPKIT_CHECK throws; it arrives in Python as a RuntimeError with this text.
-class Error : public std::exception {
- public:
-  explicit Error(const Text& text) : text_(text) {}
-  const char* what() const noexcept override { return text_.c_str(); }
-
- private:
-  Text text_;
-};
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  Text text;
-  text << OPKIT_OP << ": ";
-  (text << ... << parts);
-  throw Error(text);
-}
-
-// OPKIT_CHECK(n % 8 == 0, "n is ", n, ", expected a multiple of 8");
-#define OPKIT_CHECK(condition, ...)               \
-  do {                                            \
-    if (!(condition)) ::opkit::fail(__VA_ARGS__); \
-  } while (0)
-
-// ---------------------------------------------------------------- number types
-
-struct alignas(2) BFloat16 {
-  uint16_t bits;
-  BFloat16() = default;
-  OPKIT_HOST_DEVICE BFloat16(float value) {
-    union {
-      float f;
-      uint32_t u;
-    } v{value};
-    const uint32_t rounded = (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
-    bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
-  }
-  OPKIT_HOST_DEVICE operator float() const {
-    union {
-      uint32_t u;
-      float f;
-    } v{static_cast<uint32_t>(bits) << 16};
-    return v.f;
-  }
-};
-
-struct alignas(2) Half {
-  uint16_t bits;
-  Half() = default;
-#if defined(__CUDACC__)
-  OPKIT_HOST_DEVICE Half(float value) { bits = __half_as_ushort(__float2half_rn(value)); }
-  OPKIT_HOST_DEVICE operator float() const { return __half2float(__ushort_as_half(bits)); }
-#else
-  // Integers and selects instead of _Float16, which gcc does not vectorise before AVX512-FP16. Nothing here is a
-  // subnormal float, which a thread may be told to flush.
-  Half(float value) {
-    union {
-      float f;
-      uint32_t u;
-    } v{value}, small;
-    const uint32_t sign = v.u >> 16 & 0x8000u;
-    v.u &= 0x7fffffffu;
-    small.f =
-        v.f + 0.5f;  // leaves a subnormal half in the low bits, rounded to even by the addition
-    const uint32_t subnormal = small.u - 0x3f000000u;
-    const uint32_t normal = (v.u - 0x38000000u + 0xfffu + (v.u >> 13 & 1u)) >> 13;
-    const uint32_t huge = v.u > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const uint32_t finite = v.u < 0x38800000u ? subnormal : normal;
-    bits = static_cast<uint16_t>(sign | (v.u >= 0x477ff000u ? huge : finite));
-  }
-  operator float() const {
-    const uint32_t magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
-    union {
-      uint32_t u;
-      float f;
-    } small{magnitude + 0x38800000u}, v;
-    small.f -= 6.103515625e-05f;  // 2^-14
-    const uint32_t normal = magnitude + (magnitude >= 0x0f800000u ? 0x70000000u : 0x38000000u);
-    v.u = sign | (magnitude < 0x00800000u ? small.u : normal);
-    return v.f;
-  }
-#endif
-};
 
 // torch's numbers for dtypes; opkit verifies them against the running torch before the first kernel.
 enum class DType : int32_t {
@@ -182,12 +56,16 @@ enum class DType : int32_t {
   bfloat16 = 15,
   float8_e5m2 = 23,
   float8_e4m3fn = 24,
+  float8_e5m2fnuz = 25,
+  float8_e4m3fnuz = 26,
   uint16 = 27,
   uint32 = 28,
-  uint64 = 29
+  uint64 = 29,
+  float8_e8m0fnu = 44,
+  float4_e2m1fn_x2 = 45
 };
 
-inline const char* name(DType dtype) {
+OPKIT_COLD inline const char* name(DType dtype) {
   switch (dtype) {
     case DType::uint8: return "uint8";
     case DType::int8: return "int8";
@@ -203,6 +81,10 @@ inline const char* name(DType dtype) {
     case DType::bfloat16: return "bfloat16";
     case DType::float8_e5m2: return "float8_e5m2";
     case DType::float8_e4m3fn: return "float8_e4m3fn";
+    case DType::float8_e5m2fnuz: return "float8_e5m2fnuz";
+    case DType::float8_e4m3fnuz: return "float8_e4m3fnuz";
+    case DType::float8_e8m0fnu: return "float8_e8m0fnu";
+    case DType::float4_e2m1fn_x2: return "float4_e2m1fn_x2";
     case DType::uint16: return "uint16";
     case DType::uint32: return "uint32";
     case DType::uint64: return "uint64";
@@ -211,24 +93,40 @@ inline const char* name(DType dtype) {
 }
 
 template <class T> struct DTypeOf;
-template <> struct DTypeOf<uint8_t> { static constexpr DType value = DType::uint8; };
-template <> struct DTypeOf<int8_t> { static constexpr DType value = DType::int8; };
-template <> struct DTypeOf<int16_t> { static constexpr DType value = DType::int16; };
-template <> struct DTypeOf<int32_t> { static constexpr DType value = DType::int32; };
-template <> struct DTypeOf<int64_t> { static constexpr DType value = DType::int64; };
-template <> struct DTypeOf<uint16_t> { static constexpr DType value = DType::uint16; };
-template <> struct DTypeOf<uint32_t> { static constexpr DType value = DType::uint32; };
-template <> struct DTypeOf<uint64_t> { static constexpr DType value = DType::uint64; };
-template <> struct DTypeOf<bool> { static constexpr DType value = DType::boolean; };
-template <> struct DTypeOf<float> { static constexpr DType value = DType::float32; };
-template <> struct DTypeOf<double> { static constexpr DType value = DType::float64; };
-template <> struct DTypeOf<Half> { static constexpr DType value = DType::float16; };
-template <> struct DTypeOf<BFloat16> { static constexpr DType value = DType::bfloat16; };
+template <class T> struct DTypeOf<const T> : DTypeOf<T> {};
+template <DType D> struct IsDType { static constexpr DType value = D; };
+template <> struct DTypeOf<uint8_t> : IsDType<DType::uint8> {};
+template <> struct DTypeOf<int8_t> : IsDType<DType::int8> {};
+template <> struct DTypeOf<int16_t> : IsDType<DType::int16> {};
+template <> struct DTypeOf<int32_t> : IsDType<DType::int32> {};
+template <> struct DTypeOf<int64_t> : IsDType<DType::int64> {};
+template <> struct DTypeOf<uint16_t> : IsDType<DType::uint16> {};
+template <> struct DTypeOf<uint32_t> : IsDType<DType::uint32> {};
+template <> struct DTypeOf<uint64_t> : IsDType<DType::uint64> {};
+template <> struct DTypeOf<bool> : IsDType<DType::boolean> {};
+template <> struct DTypeOf<float> : IsDType<DType::float32> {};
+template <> struct DTypeOf<double> : IsDType<DType::float64> {};
+template <> struct DTypeOf<Half> : IsDType<DType::float16> {};
+template <> struct DTypeOf<BFloat16> : IsDType<DType::bfloat16> {};
+template <> struct DTypeOf<Float8_e5m2> : IsDType<DType::float8_e5m2> {};
+template <> struct DTypeOf<Float8_e4m3fn> : IsDType<DType::float8_e4m3fn> {};
+template <> struct DTypeOf<Float8_e5m2fnuz> : IsDType<DType::float8_e5m2fnuz> {};
+template <> struct DTypeOf<Float8_e4m3fnuz> : IsDType<DType::float8_e4m3fnuz> {};
+template <> struct DTypeOf<Float8_e8m0fnu> : IsDType<DType::float8_e8m0fnu> {};
+template <> struct DTypeOf<Float4_e2m1fn_x2> : IsDType<DType::float4_e2m1fn_x2> {};
+template <> struct DTypeOf<Complex<float>> : IsDType<DType::complex64> {};
+template <> struct DTypeOf<Complex<double>> : IsDType<DType::complex128> {};
 
 struct Device {
   int32_t type;  // torch's number: 0 is the CPU, 1 is CUDA
   int32_t index;
 };
+
+[[noreturn]] OPKIT_COLD inline void no_code(DType dtype, const DType* known, size_t count) {
+  Text text;
+  for (size_t i = 0; i < count; ++i) text << " " << name(known[i]);
+  fail("this kernel has no code for ", name(dtype), "; it takes:", text.c_str());
+}
 
 // Call `body(T{})` with the C++ type of `dtype`, which must be one of Ts.
 //     opkit::dispatch<float, opkit::BFloat16>(x.dtype(), [&](auto zero) {
@@ -238,23 +136,30 @@ template <class... Ts, class Body>
 void dispatch(DType dtype, Body&& body) {
   const bool found = ((dtype == DTypeOf<Ts>::value ? (body(Ts{}), true) : false) || ...);
   if (!found) {
-    Text text;
-    ((text << " " << name(DTypeOf<Ts>::value)), ...);
-    fail("this kernel has no code for ", name(dtype), "; it takes:", text.c_str());
+    const DType known[] = {DTypeOf<Ts>::value...};
+    no_code(dtype, known, sizeof...(Ts));
   }
 }
 
 // ---------------------------------------------------------------- views
+
+template <class T, int N>
+class View;
 
 // A tensor of the caller; None is a Tensor that tests false. Sizes and strides count elements.
 class Tensor {
  public:
   Tensor() = default;
   explicit Tensor(const char* name) : name_(name) {}  // None
-  Tensor(const char* name, void* data, const int64_t* sizes, const int64_t* strides, int64_t dim,
-         DType dtype, Device device)
-      : name_(name), data_(data), sizes_(sizes), strides_(strides), dim_(dim), dtype_(dtype),
-        device_(device), defined_(true) {}
+  OPKIT_ONCE Tensor(const char* name, void* data, const int64_t* sizes, const int64_t* strides,
+                    int64_t dim, DType dtype, Device device, int64_t* found = nullptr)
+      : name_(name), data_(data), sizes_(sizes), strides_(strides), found_(found), dim_(dim),
+        numel_(1), dtype_(dtype), device_(device), defined_(true) {
+    for (int64_t i = 0; i < dim; ++i) {
+      OPKIT_SCALAR_LOOP;
+      numel_ *= sizes[i];
+    }
+  }
 
   explicit operator bool() const { return defined_; }
   const char* name() const { return name_; }
@@ -265,12 +170,8 @@ class Tensor {
   const int64_t* strides() const { return strides_; }
   int64_t size(int64_t i) const { return sizes_[axis(i)]; }
   int64_t stride(int64_t i) const { return strides_[axis(i)]; }
-  int64_t numel() const {
-    int64_t n = 1;
-    for (int64_t i = 0; i < dim_; ++i) n *= sizes_[i];
-    return n;
-  }
-  bool is_contiguous() const {
+  int64_t numel() const { return numel_; }
+  OPKIT_ONCE bool is_contiguous() const {
     int64_t expected = 1;
     for (int64_t i = dim_ - 1; i >= 0; --i) {
       if (sizes_[i] == 0) return true;
@@ -283,93 +184,67 @@ class Tensor {
   template <class T>
   T* data() const {
     require();
-    if (dtype_ != DTypeOf<T>::value)
-      fail("argument ", name_, " is ", opkit::name(dtype_), ", the kernel reads it as ",
-           opkit::name(DTypeOf<T>::value));
+    if (dtype_ != DTypeOf<T>::value) wrong_dtype(DTypeOf<T>::value);
     return static_cast<T*>(data_);
   }
   void* data_ptr() const { return data_; }
+  // The elements by index, x.view<float, 2>()(i, j); the dtype must be T and the number of dimensions N.
+  template <class T, int N>
+  View<T, N> view() const;
+
+  // Say how large a data-dependent dimension of this output is: with the shape line 'n -> ?m<=n', an output comes with
+  // n elements, and y.set_size(0, count) has it returned with the first `count` of them. Every such dimension must be
+  // set.
+  void set_size(int64_t i, int64_t size) const {
+    const int64_t d = axis(i);
+    if (!found_ || found_[d] == kDeclared) not_open(d);
+    if (size < 0 || size > sizes_[d]) beyond(d, size);
+    found_[d] = size;
+  }
+  static constexpr int64_t kDeclared = -2, kUnset = -1;  // what set_size finds of a dimension
 
  private:
   void require() const {
-    if (!defined_) fail("argument ", name_, " is None, the kernel reads it");
+    if (!defined_) none();
   }
   int64_t axis(int64_t i) const {
     require();
     const int64_t wrapped = i < 0 ? i + dim_ : i;
-    if (wrapped < 0 || wrapped >= dim_)
-      fail("argument ", name_, " has ", dim_, " dimensions, the kernel asks for dimension ", i);
+    if (wrapped < 0 || wrapped >= dim_) no_axis(i);
     return wrapped;
+  }
+  [[noreturn]] OPKIT_COLD void none() const {
+    fail("argument ", name_, " is None, the kernel reads it");
+  }
+  [[noreturn]] OPKIT_COLD void no_axis(int64_t i) const {
+    fail("argument ", name_, " has ", dim_, " dimensions, the kernel asks for dimension ", i);
+  }
+  [[noreturn]] OPKIT_COLD void wrong_dtype(DType wanted) const {
+    fail("argument ", name_, " is ", opkit::name(dtype_), ", the kernel reads it as ",
+         opkit::name(wanted));
+  }
+  [[noreturn]] OPKIT_COLD void wrong_dim(int64_t wanted) const {
+    fail("argument ", name_, " has ", dim_, " dimensions, the kernel views it with ", wanted);
+  }
+  [[noreturn]] OPKIT_COLD void not_open(int64_t d) const {
+    fail("the kernel sets the size of dimension ", d, " of ", name_,
+         ", which the shape line does not leave open; expected a dimension of an output such as "
+         "?m<=n");
+  }
+  [[noreturn]] OPKIT_COLD void beyond(int64_t d, int64_t size) const {
+    fail("the kernel sets the size of dimension ", d, " of output ", name_, " to ", size,
+         "; expected 0 to ", sizes_[d], ", its bound in the shape line");
   }
   const char* name_ = "?";
   void* data_ = nullptr;
   const int64_t* sizes_ = nullptr;
   const int64_t* strides_ = nullptr;
+  int64_t* found_ = nullptr;  // of an output with data-dependent dimensions
   int64_t dim_ = 0;
+  int64_t numel_ = 0;
   DType dtype_ = DType::float32;
   Device device_ = {0, 0};
   bool defined_ = false;
-};
-
-// The elements of a tensor in row-major order, whatever its strides. Dimensions that lie like one
-// are merged, so a contiguous tensor costs no more than its pointer. Copies into CUDA kernels.
-//     const opkit::Elements<float> in(x);
-//     for (int64_t i = begin; i < end; ++i) out[i] = in[i];
-template <class T>
-class Elements {
- public:
-  explicit Elements(const Tensor& x) : data_(x.data<T>()) {
-    for (int64_t i = x.dim() - 1; i >= 0; --i) {
-      if (x.size(i) == 1) continue;
-      if (dim_ > 0 && x.stride(i) == stride_[dim_ - 1] * size_[dim_ - 1]) {
-        size_[dim_ - 1] *= x.size(i);
-        continue;
-      }
-      if (dim_ == kMaxDim)
-        fail("argument ", x.name(), " has more than ", kMaxDim,
-             " dimensions that lie apart; pass it contiguous");
-      size_[dim_] = x.size(i);
-      stride_[dim_++] = x.stride(i);
-    }
-    contiguous_ = dim_ == 0 || (dim_ == 1 && stride_[0] == 1) || x.numel() == 0;
-  }
-  OPKIT_HOST_DEVICE bool is_contiguous() const { return contiguous_; }
-  OPKIT_HOST_DEVICE const T& operator[](int64_t i) const {
-    return data_[contiguous_ ? i : offset(i)];
-  }
-
-  // `count` elements from the i-th on, side by side: where they are, or else copied to `buffer`.
-  const T* read(int64_t i, int64_t count, T* buffer) const {
-    if (contiguous_) return data_ + i;
-    if (stride_[0] == 1 && i % size_[0] + count <= size_[0]) return data_ + offset(i);
-    for (int64_t done = 0; done < count;) {
-      const T* from = data_ + offset(i + done);
-      const int64_t run = size_[0] - (i + done) % size_[0];
-      const int64_t length = run < count - done ? run : count - done;
-      for (int64_t k = 0; k < length; ++k) buffer[done + k] = from[k * stride_[0]];
-      done += length;
-    }
-    return buffer;
-  }
-
- private:
-#if !defined(__CUDACC__)
-  __attribute__((noinline))  // or gcc would not take the test for contiguity out of a loop
-#endif
-  OPKIT_HOST_DEVICE int64_t offset(int64_t i) const {
-    int64_t at = 0;
-    for (int d = 0; d < dim_ - 1; ++d) {
-      at += i % size_[d] * stride_[d];
-      i /= size_[d];
-    }
-    return at + i * stride_[dim_ - 1];
-  }
-  static constexpr int kMaxDim = 12;
-  T* data_;
-  bool contiguous_;
-  int dim_ = 0;
-  int64_t size_[kMaxDim];  // the innermost dimension first
-  int64_t stride_[kMaxDim];
 };
 
 // A list argument; valid for the duration of the call.
@@ -418,29 +293,29 @@ class Optional {
 // ---------------------------------------------------------------- running
 
 // Split [begin, end) over torch's own threads, at least `grain` indices each, and call
-// body(from, to) for every part. An exception in a part is thrown again here.
+// body(from, to) for every part. An exception in a part arrives here as an opkit::Error with its text.
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   if (begin >= end) return;
   if (end - begin <= grain) return body(begin, end);
   struct Context {
     const Body* body;
-    std::exception_ptr error;
-    int claimed;
-  } context{&body, nullptr, 0};
-  torch_parallel_for(
+    Text error;
+    int failed;
+  } context{&body, Text(), 0};
+  const int32_t status = torch_parallel_for(
       begin, end, grain,
       [](int64_t from, int64_t to, void* raw) {
         Context& c = *static_cast<Context*>(raw);
         try {
           (*c.body)(from, to);
         } catch (...) {  // torch's C shim would keep only an error code
-          if (!__atomic_exchange_n(&c.claimed, 1, __ATOMIC_ACQ_REL))
-            c.error = std::current_exception();
+          if (!__atomic_exchange_n(&c.failed, 1, __ATOMIC_ACQ_REL)) c.error = handled();
         }
       },
       &context);
-  if (context.error) std::rethrow_exception(context.error);
+  if (context.failed) raise(context.error);
+  if (status) fail("torch could not run the parts of a parallel_for");
 }
 
 // Memory for the duration of a call, from torch's allocator: on CUDA it is used again in the order of
@@ -493,3 +368,5 @@ inline cudaStream_t stream() {
 #endif
 
 }  // namespace opkit
+
+#include <opkit/view.h>

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from opkit.dispatch import sources
+from opkit import _sources as sources
 
 
 @pytest.fixture(autouse=True)

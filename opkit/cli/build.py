@@ -1,0 +1,126 @@
+"""`opkit build`: compile the native kernels of ops ahead of time."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from opkit.cli import _imports
+from opkit.errors import BackendError, BuildError, OpkitError, OpNotFoundError, did_you_mean
+
+HELP = "compile the native kernels of ops now, for this machine or with nvcc for another one's GPU"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "ops", nargs="*", metavar="OP", help="namespace::name, * allowed (default: what --import defines)"
+    )
+    _imports.add_argument(parser)
+    parser.add_argument(
+        "--backend", action="append", default=[], metavar="NAME", help="only this backend's; may be repeated"
+    )
+    parser.add_argument(
+        "--compdb",
+        nargs="?",
+        const=".",
+        metavar="FOLDER",
+        help="compile nothing; write compile_commands.json for clangd (default folder: this one)",
+    )
+    parser.add_argument(
+        "--headers", action="store_true", help="precompile torch's headers, which extensions include"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.headers:
+        from opkit.cpp import _pch
+
+        _pch.prepare()
+        if not (arguments.ops or arguments.imports):
+            return 0
+    kernels = _kernels(arguments)
+    if arguments.compdb is not None:
+        return _write_commands(kernels, Path(arguments.compdb))
+    rows: list[dict[str, Any]] = []
+    for op, kernel in kernels:
+        row = {
+            "op": op.name,
+            "backend": kernel.backend,
+            "device": kernel.device,
+            "library": None,
+            "reason": "",
+        }
+        rows.append(row)
+        if (reason := kernel.function.unavailable()) and kernel.backend not in arguments.backend:
+            row["reason"] = f"skipped: {reason}"
+        else:
+            try:
+                (path,) = op.build(kernel.backend)[:1]
+                row["library"] = str(path)
+            except BuildError as error:
+                row["reason"] = str(error)
+        if not arguments.json:
+            told = row["library"] or row["reason"]
+            print(f"{op.name} [{kernel.backend}] {told}", file=sys.stdout if row["library"] else sys.stderr)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    return int(any(not row["library"] and not row["reason"].startswith("skipped") for row in rows))
+
+
+def _kernels(arguments: argparse.Namespace) -> list[tuple[Any, Any]]:
+    """Return every native kernel that the command line names, with its op."""
+    import opkit
+
+    before = set(opkit.list_ops())
+    _imports.run(arguments.imports)
+    known = opkit.list_ops()
+    if arguments.ops:
+        names = []
+        for pattern in arguments.ops:
+            found = fnmatch.filter(known, pattern)
+            if not found:
+                raise OpNotFoundError(
+                    f"building {pattern}: no op has that name; known are {', '.join(known) or 'none'}."
+                    f"{did_you_mean(pattern, known)} Name the module that defines it with --import.",
+                    op=pattern,
+                )
+            names += found
+    elif arguments.imports:
+        names = [name for name in known if name not in before]
+    else:
+        raise OpkitError(
+            "building kernels: no op is named; expected namespace::name, or --import MODULE for all that it "
+            "defines. Write for instance: opkit build 'opkit::*'."
+        )
+    kernels = [
+        (opkit.get(name), kernel)
+        for name in dict.fromkeys(names)
+        for kernel in opkit.get(name).native_kernels()
+        if not arguments.backend or kernel.backend in arguments.backend
+    ]
+    if not kernels:
+        wanted = f" of the backend {', '.join(arguments.backend)}" if arguments.backend else ""
+        raise BackendError(
+            f"building {', '.join(names) or 'kernels'}: there are no native kernels{wanted}; expected one that "
+            "opkit.cpp.kernel made. Register it before the module's end."
+        )
+    return kernels
+
+
+def _write_commands(kernels: list[tuple[Any, Any]], folder: Path) -> int:
+    target = folder / "compile_commands.json"
+    try:
+        before = json.loads(target.read_text())
+        entries = {entry["file"]: entry for entry in before}
+    except (OSError, ValueError, TypeError, KeyError):
+        entries = {}
+    found = {entry["file"]: entry for op, kernel in kernels for entry in op.compile_commands(kernel.backend)}
+    entries.update(found)
+    target.write_text(json.dumps(list(entries.values()), indent=2) + "\n")
+    print(f"{target}: {len(found)} files of {len(kernels)} kernels")
+    return 0

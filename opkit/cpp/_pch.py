@@ -1,0 +1,272 @@
+"""Torch's headers, read once: precompiled, kept in the cache, found before torch's own by an include folder.
+
+gcc takes a precompiled header only where it comes first in the source and every macro that it depends
+on is the same; otherwise it reads the header itself. So what is here decides how long a build takes
+and not what comes out. Nothing is written beside torch's files.
+
+`torch/extension.h` is first tried without torch's C++ frontend, which is most of it and which
+kernels do not use; a source that does not compile so is compiled with the whole.
+
+Precompiling takes longer than any one build: the first build with some flags does without, the
+second prepares the header, all later ones use it. `prepare` does it ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from opkit import _torch_build
+from opkit.cpp import _includes, cache, diagnostics, toolchain
+from opkit.cpp._progress import building
+from opkit.errors import BuildError
+
+LABEL = "torch headers"
+NARROWED = "torch/extension.h"
+PLAIN_FLAGS = ("-O3", "-DNDEBUG")
+
+_FORMAT = 1
+_HOPELESS = "failed"
+# torch/all.h and torch/python.h without torch/{nn,optim,data,jit,serialize}.h
+_NARROW = """\
+#ifndef OPKIT_TORCH_EXTENSION_H
+#define OPKIT_TORCH_EXTENSION_H
+#include <torch/autograd.h>
+#include <torch/cuda.h>
+#include <torch/enum.h>
+#include <torch/fft.h>
+#include <torch/mps.h>
+#include <torch/nested.h>
+#include <torch/sparse.h>
+#include <torch/special.h>
+#include <torch/types.h>
+#include <torch/utils.h>
+#include <torch/version.h>
+#include <torch/xpu.h>
+#include <torch/csrc/Device.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/python_headers.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
+#include <torch/csrc/utils/python_tuples.h>
+#endif
+"""
+_TEXTS = {
+    NARROWED: _NARROW,
+    "torch/types.h": "#include <torch/types.h>\n",
+    "torch/library.h": "#include <torch/library.h>\n",
+    "ATen/ATen.h": "#include <ATen/ATen.h>\n",
+}
+_INCLUDE = re.compile(r"""^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]""", re.MULTILINE)
+_FRONTEND = re.compile(r"\b(?:nn|optim|data|jit|serialize)::|\bTORCH_MODULE\b|\btorch::(?:save|load)\b")
+# Words that are no part of what a precompiled header is: gcc compares the macros itself.
+_UNRELATED = ("-D", "-U", "-W")
+_TAKES_VALUE = ("-D", "-U")
+
+
+def is_enough(texts: Iterable[str]) -> bool:
+    """Whether the narrow header is likely to do for `texts`; where it is not, trying it costs time."""
+    return not any(_FRONTEND.search(text) for text in texts)
+
+
+def first_header(text: str, read: Callable[[str], str | None]) -> str | None:
+    """Return the header of torch that `text` includes before anything else, or None.
+
+    Args:
+        text: a source.
+        read: gives the text of a file of the user's by its name in `#include`, or None for another.
+    """
+    for _ in range(10):  # a file may include itself
+        found = _INCLUDE.search(text)
+        if found is None:
+            return None
+        if found[1] in _TEXTS:
+            return found[1]
+        included = read(found[1])
+        if included is None:
+            return None
+        text = included
+    return None
+
+
+def place(
+    folder: Path,
+    headers: Iterable[str],
+    *,
+    narrow: bool,
+    cxx: toolchain.Compiler,
+    words: Sequence[str],
+    user_words: Sequence[str],
+    user_folders: Sequence[Path],
+) -> None:
+    """Put into `folder`, for compilers to look at first, the narrow header and what is precompiled.
+
+    Args:
+        folder: the include folder to make.
+        headers: which of torch's headers the sources begin with.
+        narrow: make torch/extension.h the one without the C++ frontend.
+        cxx: the compiler.
+        words: its flags, as torch gives them to it; the caller's own at the end.
+        user_words: the caller's own flags.
+        user_folders: where the caller's headers are, those in `user_words` included.
+    """
+    if narrow:
+        _write(folder / NARROWED, _NARROW)
+    if not _is_gcc(cxx) or any(word.startswith("@") for word in user_words):
+        return
+    if list(words[len(words) - len(user_words) :]) != list(
+        user_words
+    ):  # something that shells or ninja expand
+        return
+    if _includes.included_files(user_words):  # then no header of the source's comes first
+        return
+    flags = _relevant(words, user_words)
+    for header in sorted(set(headers) - (set() if narrow else {NARROWED})):
+        precompiled = _precompiled(header, cxx, flags)
+        if precompiled and not _is_shadowed(precompiled, user_folders):
+            if (
+                header != NARROWED
+            ):  # where gcc does not take the precompiled one, it wants the header beside it
+                _write(folder / header, f"#include_next <{header}>\n")
+            (folder / f"{header}.gch").symlink_to(precompiled)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#pragma GCC system_header\n{text}")  # so that it warns of nothing
+
+
+def prepare(extra_cflags: Sequence[str] = (), headers: Sequence[str] = (NARROWED,)) -> list[Path]:
+    """Precompile torch's headers now, for builds with `extra_cflags`; return where they are.
+
+    Empty for compilers other than gcc, whose precompiled headers opkit does not use.
+    """
+    cxx = toolchain.get_cxx()
+    if not _is_gcc(cxx):
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        _torch_build.write_build_file(
+            Path(folder),
+            name="headers",
+            sources=[Path(folder) / "headers.cpp"],
+            cxx=cxx.command,
+            launchers=toolchain.LAUNCHERS,
+            extra_cflags=[*PLAIN_FLAGS, *extra_cflags],
+            extra_cuda_cflags=[],
+            extra_ldflags=[],
+            extra_include_paths=[],
+            cuda_home=None,
+        )
+        words = _torch_build.cflags(Path(folder) / "build.ninja")
+    user_words = shlex.split(" ".join(extra_cflags))
+    return [_obtain(header, cxx, _relevant(words, user_words)) for header in headers]
+
+
+def _precompiled(header: str, cxx: toolchain.Compiler, flags: Sequence[str]) -> Path | None:
+    """Return the precompiled header from the second time on that it is asked for, unless it cannot be made."""
+    key = _key(header, cxx, flags)
+    asked = cache.root() / "headers" / key
+    try:
+        if not cache.find(f"{cache.slug(LABEL)}-{key}"):
+            asked.parent.mkdir(parents=True, exist_ok=True)
+            if not asked.exists() or asked.read_text() == _HOPELESS:
+                asked.touch()
+                return None
+        return _obtain(header, cxx, flags)
+    except OSError:  # the build itself says that the cache cannot be written
+        return None
+    except BuildError:  # no memory or no room for it; the build itself may have both
+        with contextlib.suppress(OSError):
+            asked.write_text(_HOPELESS)
+        return None
+
+
+def _obtain(header: str, cxx: toolchain.Compiler, flags: Sequence[str]) -> Path:
+    def build(work: cache.Workspace) -> Path:
+        (work.folder / "header.h").write_text(_TEXTS[header])
+        command = [*cxx.command, *flags, "-MD", "-MF", "header.d", "-x", "c++-header", "header.h"]
+        command += ["-o", "header.gch"]
+        with building(f"{header} in precompiled form, once for these flags"):
+            done = subprocess.run(
+                command,
+                cwd=work.folder,
+                env=toolchain.build_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+            if done.returncode:
+                raise diagnostics.failure(done.stdout, label=LABEL, command=shlex.join(command))
+        depfile = work.folder / "header.d"
+        names = _outer_names(depfile.read_text(), flags)
+        (work.folder / "names.txt").write_text("\n".join(sorted(names)))
+        depfile.unlink()
+        return work.folder / "header.gch"
+
+    return cache.obtain(lambda: _key(header, cxx, flags), label=LABEL, build=build)
+
+
+def _key(header: str, cxx: toolchain.Compiler, flags: Sequence[str]) -> str:
+    import torch
+
+    return cache.digest(
+        _FORMAT,
+        (header, _TEXTS[header]),
+        cxx.version,
+        tuple(flags),  # they name torch's and Python's folders, which are in the header, too
+        (torch.__version__, torch.version.git_version),
+        sysconfig.get_config_var("EXT_SUFFIX"),
+        _includes.variables(),
+    )
+
+
+def _relevant(words: Sequence[str], user_words: Sequence[str]) -> list[str]:
+    """Return the flags that decide what a precompiled header is."""
+    ours = words[: len(words) - len(user_words)]
+    own = [
+        word for word in ours if not word.startswith(("-I", "-DTORCH_EXTENSION_NAME", "-fmacro-prefix-map"))
+    ]
+    theirs, previous = [], ""
+    for word in _includes.without_paths(user_words):
+        unrelated = word.startswith(_UNRELATED) and word != "-Wpedantic"  # which takes a macro away
+        if not unrelated and previous not in _TAKES_VALUE:
+            theirs.append(word)
+        previous = word
+    return [*own, *theirs]
+
+
+def _outer_names(depfile: str, flags: Sequence[str]) -> set[str]:
+    """Return the names that a folder must not have so as to hide none of the header's files."""
+    roots = sorted(_includes.include_folders(flags), key=lambda folder: -len(folder.parts))
+    names: set[str] = set()
+    for path in map(Path, depfile.replace("\\\n", " ").split()[1:]):
+        root = next((root for root in roots if root in path.parents), None)
+        names.update([path.relative_to(root).parts[0]] if root else path.parts)
+    return names
+
+
+def _is_shadowed(precompiled: Path, folders: Sequence[Path]) -> bool:
+    names = set((precompiled.parent / "names.txt").read_text().splitlines())
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            if not names.isdisjoint(os.listdir(folder)):
+                return True
+    return False
+
+
+def _is_gcc(cxx: toolchain.Compiler) -> bool:
+    # A launcher such as ccache has its own idea of precompiled headers.
+    return "Free Software Foundation" in cxx.version and len(cxx.command) == 1
