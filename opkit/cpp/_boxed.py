@@ -44,7 +44,7 @@ def refuse_registrations(text: str, schema: Schema) -> None:
         raise BuildError(
             f"building {schema.name}: line {line} of its source is a {found[0].strip().rstrip('(').strip()} block; "
             "expected a function alone, which opkit registers. Remove the block, or load the source with "
-            "opkit.cpp.load and adopt its ops.",
+            "opkit.cpp.load, which takes such blocks.",
             op=schema.name,
         )
 

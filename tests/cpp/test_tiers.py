@@ -166,6 +166,48 @@ def test_a_library_block_in_a_kernel_is_refused(mixed, block):
         mixed.build("native")
 
 
+CUDA = """
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+__global__ void fill(float* y, const float* x, float by, int64_t n) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i < n) y[i] = x[i] * by;
+}
+torch::stable::Tensor scaled(const torch::stable::Tensor& x, double by) {
+  auto y = torch::stable::empty_like(x);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  fill<<<(x.numel() + 255) / 256, 256, 0, static_cast<cudaStream_t>(stream)>>>(
+      y.mutable_data_ptr<float>(), x.const_data_ptr<float>(), float(by), x.numel());
+  return y;
+}
+"""
+
+
+@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+def test_a_stable_cuda_kernel_compiles_and_links_without_a_gpu(registry, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+
+    @opkit.op("t::scaled", shapes="n -> n")
+    def scaled(x: Tensor, by: float) -> Tensor:
+        return x * by
+
+    scaled.register_kernel("cuda", opkit.cpp.kernel(CUDA, cuda=True))
+    (path,) = scaled.build("cuda")
+    needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True).stdout
+    assert "libtorch_cuda.so" in needed
+    assert "libcudart" not in needed
+    undefined = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True).stdout
+    assert "aoti_torch_get_current_cuda_stream" in undefined
+    assert "c10" not in undefined
+    if torch.cuda.is_available():
+        x = torch.randn(1000, device="cuda")
+        torch.testing.assert_close(scaled(x, 3.0), x * 3)
+
+
 def test_a_tier_that_is_none_is_refused():
     with pytest.raises(
         BuildError, match=r"naming a kernel: found tier='full'; expected one of light, stable, aten\."
