@@ -45,8 +45,8 @@ def _flag(variable: Variable, text: str) -> bool:
 
 
 def _folder(variable: Variable, text: str) -> Path:
-    if text:
-        return Path(text).expanduser()
+    if text:  # absolute, or it would be another folder after os.chdir
+        return Path(text).expanduser().absolute()
     base = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "opkit"
 

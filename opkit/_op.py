@@ -203,8 +203,7 @@ class Op(Generic[P, R]):
         )
         if not isinstance(function, Source):
             schemas.check_signature(self.schema, function, f"a {kernel.backend} kernel")
-        if old := self._table.add(kernel):
-            self._runner.forget(old)
+        self._table.add(kernel)
         return function
 
     def register_autograd(
@@ -326,7 +325,7 @@ class Op(Generic[P, R]):
         for kernel in self.native_kernels(*backends):
             assert isinstance(kernel.function, Source)
             paths.append(kernel.function.build(self.schema, self._runner.native_plan, kernel.backend))
-            self._runner.forget(kernel)  # its source may have been edited
+            kernel.forget()  # its source may have been edited
         return paths
 
     def native_kernels(self, *backends: str) -> list[Kernel]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import os
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +116,26 @@ def _kernels(arguments: argparse.Namespace) -> list[tuple[Any, Any]]:
 
 def _write_commands(kernels: list[tuple[Any, Any]], folder: Path) -> int:
     target = folder / "compile_commands.json"
-    try:
-        before = json.loads(target.read_text())
-        entries = {entry["file"]: entry for entry in before}
-    except (OSError, ValueError, TypeError, KeyError):
-        entries = {}
     found = {entry["file"]: entry for op, kernel in kernels for entry in op.compile_commands(kernel.backend)}
-    entries.update(found)
-    target.write_text(json.dumps(list(entries.values()), indent=2) + "\n")
+    entries = [*_foreign(target, found), *found.values()]
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(entries, indent=2) + "\n")
+    os.replace(unfinished, target)
     print(f"{target}: {len(found)} files of {len(kernels)} kernels")
     return 0
+
+
+def _foreign(target: Path, own: Container[str]) -> list[Any]:
+    """Return the entries that are there and about other files: another build tool's."""
+    if not target.exists():
+        return []
+    try:
+        entries = json.loads(target.read_text())
+    except ValueError:
+        entries = None
+    if not isinstance(entries, list):
+        raise OpkitError(
+            f"writing {target}: what is there is no list of compile commands; expected one, to which to add. Remove "
+            "the file, or name another folder."
+        )
+    return [entry for entry in entries if not (isinstance(entry, dict) and entry.get("file") in own)]

@@ -19,10 +19,10 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opkit import _torch_build
-from opkit.cpp import _arguments, _includes, _jobs, _pch, cache, diagnostics, toolchain
+from opkit.cpp import _arguments, _bindings, _includes, _jobs, _pch, cache, diagnostics, toolchain
 from opkit.cpp import tier as tiers
 from opkit.cpp._progress import Progress, building
 from opkit.cpp.compile import included_by_path, placed_nowhere, stub_libraries
@@ -32,6 +32,7 @@ from opkit.errors import BuildError
 Sources = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _FORMAT = 2
+_MAIN = "main.cpp"
 _CFLAGS = _pch.PLAIN_FLAGS  # torch passes no -O at all; the caller's flags come later and win
 _STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
 _CUDA_SUFFIXES = (".cu", ".cuh")
@@ -47,6 +48,13 @@ _SUFFIXES = (
     ".S",
     *_CUDA_SUFFIXES,
 )  # what gcc compiles
+
+
+class _Way(NamedTuple):
+    main: str | None  # in place of main.cpp
+    ours: (
+        Mapping[str, str] | None
+    )  # headers in place of torch's; None: all are torch's, nothing is precompiled
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,8 @@ class Job:
     """The op that it is a kernel of."""
     title: str | None = None
     """What it is called in texts, where that is not its name."""
+    direct: str | None = None
+    """A unit without pybind11, which is tried in place of main.cpp."""
 
     @classmethod
     def of(
@@ -194,6 +204,7 @@ class Job:
             _includes.linked_files(ldflags),
             _includes.variables(),
             scan.contents,
+            (self.direct, _pch.DIRECT) if self.direct else None,
             self._preprocessed() if scan.is_computed else None,
             self._native_macros([*cflags, *cuda_cflags]),
         )
@@ -224,15 +235,21 @@ class Job:
         for spelling, text in self.texts.items():
             (work.folder / spelling).write_text(text)
         self._write_build_file(work.folder, final)
-        headers = self._place_headers(work.folder)
+        headers = work.folder / "headers"
+        _torch_build.search_first(work.folder / "build.ninja", headers)
         ninja = [str(toolchain.get_ninja()), "-v", "-j", str(_jobs.limit(self._memory_each))]
         with building(self.label, steps=len(self.files) + len(self.units) + 1) as progress:
-            code, log = self._run_ninja(ninja, work.folder, progress)
-            if code and ((headers / _pch.NARROWED).exists() or f"{headers}/" in log or "PCH" in log):
-                shutil.rmtree(
-                    headers, ignore_errors=True
-                )  # now torch's own are found, the C++ frontend with them
+            ways = self._ways()
+            while True:
+                way = ways.pop(0)
+                self._place_headers(work.folder, way)
                 code, log = self._run_ninja(ninja, work.folder, progress)
+                if way.main and self._blames_texts(log):  # which another binding does not mend
+                    del ways[:-1]
+                elif not (way.main or way.ours or f"{headers}/" in log or "PCH" in log):
+                    ways.clear()
+                if not (code and ways):
+                    break
             if code:
                 raise self._failure(work, log)
         shutil.rmtree(headers, ignore_errors=True)
@@ -269,29 +286,45 @@ class Job:
             cuda_home=toolchain.cuda_home(self.nvcc) if self.nvcc else None,
         )
 
-    def _place_headers(self, folder: Path) -> Path:
-        """Make the folder of headers that compilers look at first where it helps, and say where it is."""
-        headers, build_file, user_words = folder / "headers", folder / "build.ninja", _words(self.cflags)
+    def _ways(self) -> list[_Way]:
+        """Return the ways to compile it, the quickest first; the last one is torch's own and always does."""
         scan = self._scan()
-        texts = [self.texts[unit] for unit in self.units]
-        texts += [
-            path.read_text(errors="replace") for path in self.files if path.suffix not in _CUDA_SUFFIXES
-        ]
-        narrow = scan.is_computed or _pch.NARROWED in scan.spellings
-        narrow = narrow and _pch.is_enough([*texts, *self.texts.values()])
-        starts = {_pch.first_header(text, self._own_text) for text in texts} - {None}
-        if narrow or starts:
-            _pch.place(
-                headers,
-                [start for start in starts if start],
-                narrow=narrow,
-                cxx=self.cxx,
-                words=_torch_build.cflags(build_file),
-                user_words=user_words,
-                user_folders=[*self.include_paths, *_includes.include_folders(user_words)],
-            )
-            _torch_build.search_first(build_file, headers)
-        return headers
+        narrow = (scan.is_computed or _pch.NARROWED in scan.spellings) and _pch.is_enough(
+            [*self._own_texts(), *self.texts.values()]
+        )
+        ways = [_Way(None, _pch.NARROW if narrow else {}), _Way(None, None)]
+        return [_Way(self.direct, _pch.DIRECT), *ways] if self.direct and _bindings.is_supported() else ways
+
+    def _blames_texts(self, log: str) -> bool:
+        """Whether all errors are in what the user wrote, and so none in what exports it."""
+        files = [Path(finding.diagnostic.file).name for finding in diagnostics.parse(log)]
+        return bool(files) and all(file in self.texts and not file.startswith("main.") for file in files)
+
+    def _place_headers(self, folder: Path, way: _Way) -> None:
+        """Make the folder of headers that compilers look at first, and main.cpp, as `way` has them."""
+        headers, user_words = folder / "headers", _words(self.cflags)
+        shutil.rmtree(headers, ignore_errors=True)
+        if self.direct:
+            (folder / _MAIN).write_text(way.main or self.texts[_MAIN])
+        if way.ours is None:
+            return
+        starts = {_pch.first_header(text, self._own_text) for text in self._own_texts(way.main)}
+        _pch.place(
+            headers,
+            [start for start in starts if start],
+            ours=way.ours,
+            cxx=self.cxx,
+            words=_torch_build.cflags(folder / "build.ninja"),
+            user_words=user_words,
+            user_folders=[*self.include_paths, *_includes.include_folders(user_words)],
+        )
+
+    def _own_texts(self, main: str | None = None) -> list[str]:
+        """Return the texts of the units in C++, `main` in place of main.cpp."""
+        units = [unit for unit in self.units if not unit.endswith(_CUDA_SUFFIXES)]
+        texts = [main if main and unit == _MAIN else self.texts[unit] for unit in units]
+        files = [path for path in self.files if path.suffix not in _CUDA_SUFFIXES]
+        return [*texts, *(path.read_text(errors="replace") for path in files)]
 
     def _own_text(self, name: str) -> str | None:
         """Return the text of a file that a unit includes by its path, or by its name in the build folder."""

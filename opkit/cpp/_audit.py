@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from opkit.cpp import diagnostics
 from opkit.errors import BuildError, did_you_mean
 
 TARGET = (2, 10)  # the torch that light and stable sources are compiled for
@@ -112,20 +113,12 @@ def _unknown(name: str, known: Mapping[str, tuple[int, int]], has_foreign: bool)
             f"it calls {name}, which is not in the stable headers of this torch.{did_you_mean(name, known)} "
             "Call what torch/csrc/stable/c/shim.h declares"
         )
-    readable = demangled(name)
+    readable = diagnostics.demangled(name)
     if re.search(r"\b(at|c10|caffe2|torch)::", readable):
         return f"it calls {readable}, of torch's C++ interface, which changes with every torch. {_ATEN}"
     if has_foreign:  # one of those libraries may define it
         return None
     return f"it calls {readable}, which nothing defines. Define it, or name its library in extra_ldflags"
-
-
-def demangled(symbol: str) -> str:
-    """Return a C++ symbol as it stands in the source, where binutils can tell."""
-    try:
-        return subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip() or symbol
-    except OSError:
-        return symbol
 
 
 def _read(library: Path, label: str) -> tuple[list[str], list[str]]:

@@ -52,18 +52,24 @@ def unit_source(
             "cannot allocate. Return a tuple of fixed length, or register a Python kernel.",
             op=schema.name,
         )
-    before, opened, arguments, devices = [], [], [], []
+    before, opened, arguments = [], [], []
     for index, param in enumerate(schema.params):
         taken, view, argument = _argument(param, f"stack[{index}]")
         before.append(taken)
         opened += [view] if view else []
         arguments.append(argument)
-        if param.type.is_tensor:
-            devices.append(f"t_{param.name}")
     body = [*before, *opened]
-    body += [f"same_device({devices[0]}, {other});" for other in devices[1:]]
-    if guard and devices:
-        body.append(guard.format(tensor=devices[0]))
+    tensors = [p for p in schema.params if p.type.base == "Tensor"]
+    if len(tensors) == 1 and tensors[0].type.is_tensor:
+        device = f"t_{tensors[0].name}"
+    else:
+        device = "call_device.tensor()"
+        body.append("CallDevice call_device;")
+        for param in tensors:
+            taken = f"take_all(v_{param.name}.span())" if param.type.is_list else f"take(t_{param.name})"
+            body.append(f"call_device.{taken};")
+    if guard and tensors:
+        body.append(guard.format(tensor=device))
     finish: list[str] = []
     if plan is not None:
         made, passed, finish = _outputs(plan)
@@ -222,8 +228,8 @@ def _cpp(dim: Dim) -> str:
                 return f"floor_div({left}, {right})"
             if isinstance(node.op, ast.Mod):
                 return f"floor_mod({left}, {right})"
-            operator = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}[type(node.op)]
-            return f"({left} {operator} {right})"
+            checked = {ast.Add: "plus", ast.Sub: "minus", ast.Mult: "times"}[type(node.op)]
+            return f"{checked}({left}, {right})"
         if isinstance(node, ast.Name):
             return f"_d_{node.id}"
         assert isinstance(node, ast.Constant)

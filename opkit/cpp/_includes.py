@@ -96,6 +96,13 @@ def variables() -> list[tuple[str, str]]:
     return [(name, os.environ[name]) for name in _FLAG_VARIABLES if name in os.environ]
 
 
+def named_files(flags: Sequence[str]) -> list[tuple[str, str]]:
+    """Return name and content hash of the files that stand in `flags`: `@options`, `-Wl,--version-script=map`."""
+    parts = [part.lstrip("@") for flag in flags for part in re.split(r"[=,]", flag)]
+    paths = [Path(part) for part in parts if part and os.path.isfile(part)]
+    return [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
+
+
 def linked_files(flags: Sequence[str]) -> list[tuple[str, str]]:
     """Return name and content hash of the user's libraries and objects that `flags` link."""
     folders = [Path(value) for _, value in _with_values(flags, ("-L", "--library-path"))]

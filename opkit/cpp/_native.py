@@ -11,8 +11,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import re
-import subprocess
 import threading
 import weakref
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 
 from opkit import _torch
-from opkit.cpp import toolchain
+from opkit.cpp import diagnostics, toolchain
 from opkit.errors import BuildError
 from opkit.spec.schema import Schema
 
@@ -73,8 +71,8 @@ def register(path: Path, schema: Schema, device: str, *, with_outputs: bool, unl
         schema: the op's.
         device: the device type that it is a kernel for.
         with_outputs: the outputs are passed in, after the arguments.
-        unload: whether the library is unmapped when nobody holds the result; not for code that a device
-            may still be running then.
+        unload: whether the library is unmapped when nobody holds the result; not for code that a device may
+            still be running then, or that torch may call to free what it returned.
 
     Raises:
         BuildError: the library does not load, or torch refuses its entry point.
@@ -103,16 +101,11 @@ def _define(path: Path, schema: Schema, declaration: str, device: str, unload: b
                 "without cuda=True and the suffix .cu.",
                 op=schema.name,
             ) from err
-        missing = re.search(r"undefined symbol: (\S+)", str(err))
+        if "undefined symbol" in str(err):
+            raise diagnostics.unloadable(err, label=f"the kernel of {schema.name}", op=schema.name) from err
         raise BuildError(
-            f"loading the kernel of {schema.name} from {path}: {err}. "
-            + (
-                f"Expected every function that it calls to be defined. Define {_demangled(missing.group(1))} in the "
-                "source, or name the library that has it in extra_ldflags."
-                if missing
-                else f"Expected a library that fits torch {torch.__version__}. Remove the folder {path.parent} "
-                "to have it built again."
-            ),
+            f"loading the kernel of {schema.name} from {path}: {err}. Expected a library that fits torch "
+            f"{torch.__version__}. Remove the folder {path.parent} to have it built again.",
             op=schema.name,
         ) from err
     digest = hashlib.sha256(f"{path}{declaration}{device}".encode()).hexdigest()[:16]
@@ -150,7 +143,9 @@ def _define(path: Path, schema: Schema, declaration: str, device: str, unload: b
             )
         withdraw = functools.partial(opened.opkit_unregister, ctypes.c_void_p(registered))
     loaded = Loaded(getattr(getattr(torch.ops, _NAMESPACE), name).default)
-    library_handle = opened._handle if unload else None
+    # A thread that the kernel has started would go on in code that is gone.
+    keeps = not unload or any(name in path.read_bytes() for name in (b"pthread_create", b"_ZNSt6thread"))
+    library_handle = None if keeps else opened._handle
     end = weakref.finalize(loaded, _unload, name, withdraw, library, library_handle)
     end.atexit = False  # torch may be gone by then
     return loaded
@@ -166,14 +161,6 @@ def _unload(name: str, withdraw: Callable[[], Any], library: Any, handle: int | 
             _ctypes.dlclose(handle)
 
 
-def _demangled(symbol: str) -> str:
-    """Return a C++ symbol as it stands in the source, where binutils can tell."""
-    try:
-        return subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip() or symbol
-    except OSError:
-        return symbol
-
-
 def _lowered(schema: Schema, *, with_outputs: bool) -> str:
     """Return the private op's arguments and results: all positional, int for SymInt."""
     params = [f"{str(p.type).replace('SymInt', 'int')} {p.name}" for p in schema.params]
@@ -187,7 +174,7 @@ def _lowered(schema: Schema, *, with_outputs: bool) -> str:
 def _shim() -> ctypes.CDLL:
     """Return torch's C shim, once its numbers for dtypes are known to be those of kernel.h."""
     path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
-    library = ctypes.CDLL(path)
+    library = ctypes.CDLL("libtorch_cpu.so")  # by its name: torch has loaded it, so no file is opened
     library.torch_library_impl.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64]
     library.aoti_torch_delete_library_object.argtypes = [ctypes.c_void_p]
     library.aoti_torch_library_init_impl.argtypes = [

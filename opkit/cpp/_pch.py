@@ -5,7 +5,8 @@ on is the same; otherwise it reads the header itself. So what is here decides ho
 and not what comes out. Nothing is written beside torch's files.
 
 `torch/extension.h` is first tried without torch's C++ frontend, which is most of it and which
-kernels do not use; a source that does not compile so is compiled with the whole.
+kernels do not use; a source that does not compile so is compiled with the whole. What `load_inline`
+compiles is first tried with opkit/python.h, which is torch/types.h and what binds functions without pybind11.
 
 Precompiling takes longer than any one build: the first build with some flags does without, the
 second prepares the header, all later ones use it. `prepare` does it ahead.
@@ -20,7 +21,7 @@ import shlex
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from opkit import _torch_build
@@ -31,6 +32,8 @@ from opkit.errors import BuildError
 LABEL = "torch headers"
 NARROWED = "torch/extension.h"
 PLAIN_FLAGS = ("-O3", "-DNDEBUG")
+
+BINDING = "opkit/python.h"
 
 _FORMAT = 1
 _HOPELESS = "failed"
@@ -61,8 +64,13 @@ _NARROW = """\
 #include <torch/csrc/utils/python_tuples.h>
 #endif
 """
+_BINDING = (Path(__file__).parent / "include" / BINDING).read_text()
+# The headers that stand in for others while compiling in one way or another.
+NARROW = {NARROWED: _NARROW}
+DIRECT = {BINDING: _BINDING, NARROWED: f"#include <{BINDING}>\n"}
 _TEXTS = {
     NARROWED: _NARROW,
+    BINDING: _BINDING,
     "torch/types.h": "#include <torch/types.h>\n",
     "torch/library.h": "#include <torch/library.h>\n",
     "ATen/ATen.h": "#include <ATen/ATen.h>\n",
@@ -103,25 +111,25 @@ def place(
     folder: Path,
     headers: Iterable[str],
     *,
-    narrow: bool,
+    ours: Mapping[str, str],
     cxx: toolchain.Compiler,
     words: Sequence[str],
     user_words: Sequence[str],
     user_folders: Sequence[Path],
 ) -> None:
-    """Put into `folder`, for compilers to look at first, the narrow header and what is precompiled.
+    """Put into `folder`, for compilers to look at first, the headers of ours and what is precompiled.
 
     Args:
         folder: the include folder to make.
         headers: which of torch's headers the sources begin with.
-        narrow: make torch/extension.h the one without the C++ frontend.
+        ours: texts that stand in for headers of torch, or beside them.
         cxx: the compiler.
         words: its flags, as torch gives them to it; the caller's own at the end.
         user_words: the caller's own flags.
         user_folders: where the caller's headers are, those in `user_words` included.
     """
-    if narrow:
-        _write(folder / NARROWED, _NARROW)
+    for header, text in ours.items():
+        _write(folder / header, text)
     if not _is_gcc(cxx) or any(word.startswith("@") for word in user_words):
         return
     if list(words[len(words) - len(user_words) :]) != list(
@@ -131,11 +139,11 @@ def place(
     if _includes.included_files(user_words):  # then no header of the source's comes first
         return
     flags = _relevant(words, user_words)
-    for header in sorted(set(headers) - (set() if narrow else {NARROWED})):
+    for header in sorted(set(headers) - ({NARROWED} - set(ours))):
         precompiled = _precompiled(header, cxx, flags)
         if precompiled and not _is_shadowed(precompiled, user_folders):
             if (
-                header != NARROWED
+                header not in ours
             ):  # where gcc does not take the precompiled one, it wants the header beside it
                 _write(folder / header, f"#include_next <{header}>\n")
             (folder / f"{header}.gch").symlink_to(precompiled)
@@ -146,7 +154,7 @@ def _write(path: Path, text: str) -> None:
     path.write_text(f"#pragma GCC system_header\n{text}")  # so that it warns of nothing
 
 
-def prepare(extra_cflags: Sequence[str] = (), headers: Sequence[str] = (NARROWED,)) -> list[Path]:
+def prepare(extra_cflags: Sequence[str] = (), headers: Sequence[str] = (BINDING, NARROWED)) -> list[Path]:
     """Precompile torch's headers now, for builds with `extra_cflags`; return where they are.
 
     Empty for compilers other than gcc, whose precompiled headers opkit does not use.

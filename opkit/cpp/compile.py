@@ -35,6 +35,7 @@ _HEADERS = sorted(f"{folder}/{name}" for folder, _, names in os.walk(INCLUDE) fo
 _FORMAT = 3  # raise it when what is built from the same source changes
 _ENTRY = 1  # raise it when a library that was built before could no longer be called
 _MEMORY = 1 << 30  # bytes that a compiler may need without torch's full headers
+_FREESTANDING = ("stddef.h", "stdint.h", "cstddef", "cstdint", "new")
 # Flags that put file names or line numbers into the library.
 _KEEPS_PLACES = ("-g", "--coverage", "-ftest-coverage", "-lineinfo", "--generate-line-info", "-G")
 _INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"(/[^"\n]+)"', re.MULTILINE)
@@ -108,10 +109,15 @@ class Job:
 
     def prebuilt(self) -> Path | None:
         """Return the library that the package brings along, or None; needs no compiler."""
-        if self.carried is None or not self.carried.is_dir():
+        if self.carried is None or not self.carried.is_dir() or self.is_open:
             return None
         name = f"{cache.slug(self.label)}-{self.source_key()}"
         return prebuilt.find(self.carried, name, self.architectures)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether only a compiler can tell what the sources include, and so what the library computes."""
+        return self._scan().is_computed
 
     # ---------------------------------------------------------------- keys
 
@@ -132,6 +138,7 @@ class Job:
             _includes.without_paths(self.cuda_cflags),
             _includes.without_paths(self.ldflags),
             _includes.linked_files(self.ldflags),
+            _includes.named_files((*flags, *self.ldflags)),
             [str(path) for path in self._sources] if _keeps_places(flags) else (),
         )
 
@@ -147,7 +154,7 @@ class Job:
             [(used.flags, _compiler(used).version, used.architectures()) for used in self._toolchains],
             self._system.versions,
             _includes.variables(),
-            toolchain.native_macros(cxx, (*self.cflags, *self.cuda_cflags)),
+            toolchain.native_macros(cxx, (*cxx.command, *self.cflags, *self.cuda_cflags)),
         )
 
     @property
@@ -206,7 +213,8 @@ class Job:
         """Run steps that do not depend on each other, and return the log with what they said."""
         units = self.units if not done else (None,)  # the link is of none
         outputs: list[subprocess.CompletedProcess[str]] = []
-        with concurrent.futures.ThreadPoolExecutor(min(len(steps), _jobs.limit(_MEMORY))) as pool:
+        memory = _MEMORY if self._toolchains == [toolchains.CPP] else _jobs.NVCC_MEMORY
+        with concurrent.futures.ThreadPoolExecutor(min(len(steps), _jobs.limit(memory))) as pool:
             for output in pool.map(functools.partial(self._execute, work), steps, units):
                 outputs.append(output)
                 progress.step(done + len(outputs))
@@ -264,10 +272,10 @@ class Job:
             names = dict.fromkeys(["libtorch_cpu.so", *(n for t in self._toolchains for n in t.libraries)])
             flags += [f"-L{stub_libraries(cxx, tuple(names))}", "-Wl,--no-as-needed"]
             flags += [f"-l:{name}" for name in names]
-            if not self.ldflags:
-                # torch draws in the C and C++ libraries, so naming them again finds nothing more; reading them
-                # is most of what linking takes, and their versioned symbols would bind the library to this system.
-                flags += ["-nodefaultlibs", "-lgcc"]
+            if self._uses_little:
+                # Reading libstdc++ is most of what linking a small kernel takes. It is found through torch, which
+                # needs it too; the C library stays, or its symbols would be bound to their oldest versions.
+                flags += ["-nodefaultlibs", "-lm", "-lc", "-lgcc"]
         for used in self._toolchains:
             flags += used.link_flags(_compiler(used))
         return [*flags, *self.ldflags]
@@ -302,11 +310,24 @@ class Job:
     def _toolchains(self) -> list[Toolchain]:
         return list(dict.fromkeys(unit.toolchain for unit in self.units))
 
+    @property
+    def _uses_little(self) -> bool:
+        """Whether the units are C++ that includes nothing but opkit's own headers, compiled without flags."""
+        return (
+            not (self.cflags or self.ldflags)
+            and self._toolchains == [toolchains.CPP]
+            and all(name.startswith("opkit/") or name in _FREESTANDING for name in self._spellings)
+        )
+
+    @functools.cached_property
+    def _spellings(self) -> frozenset[str]:
+        """The names that the sources include."""
+        return frozenset(self._scan().spellings) if self.spellings is None else self.spellings
+
     @functools.cached_property
     def _system(self) -> tiers.System:
         """The headers of torch and Python that the sources want."""
-        spellings = self._scan().spellings if self.spellings is None else self.spellings
-        return tiers.system(spellings, is_module=self.module is not None)
+        return tiers.system(self._spellings, is_module=self.module is not None)
 
     def _scan(self, *, meanings: bool = False) -> _includes.Scan:
         """Read the texts, or what they mean, and the user's headers as they are now."""
@@ -403,8 +424,10 @@ def _dependencies(file: Path) -> set[Path]:
     except OSError:  # the toolchain writes none
         return set()
     _, _, listed = text.replace("\\\n", " ").partition(": ")
-    names = re.findall(r"(?:\\.|[^\s\\])+", listed)
-    paths = {Path(re.sub(r"\\(.)", r"\1", name).replace("$$", "$")) for name in names}
+    names = re.findall(
+        r"(?:\\[ #]|\S)+", listed
+    )  # of a backslash before any other letter, make knows nothing
+    paths = {Path(re.sub(r"\\([ #])", r"\1", name).replace("$$", "$")) for name in names}
     return {path for path in paths if path.is_absolute()}
 
 

@@ -22,7 +22,7 @@ _LINES = 14  # of each error: excerpt, caret and notes
 
 # k.cpp:12:3: error: text        (g++, clang++; the assembler writes Error)
 _GNU = re.compile(
-    r"^(?P<file>[^\s:(][^:(]*):(?P<line>\d+):(?:(?P<column>\d+):)? "
+    r"^(?P<file>[^\s:][^:]*):(?P<line>\d+):(?:(?P<column>\d+):)? "
     r"(?:(?:fatal|internal compiler) )?(?P<kind>[eE]rror|warning|note|remark): (?P<text>.*)$"
 )
 # k.cu(12): error: text          (nvcc's front end; errors with a number read `error #20014-D: text`)

@@ -7,8 +7,8 @@ about what is loaded, the content does.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -18,14 +18,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from opkit.cpp import _arguments, _includes, compile, diagnostics, toolchains
+from opkit.cpp import _arguments, _bindings, _includes, compile, diagnostics, toolchains
 from opkit.cpp import tier as tiers
 from opkit.cpp._aten import Job, Sources
 from opkit.errors import BuildError
 
 _LIBRARY_BLOCK = re.compile(r"^[ \t]*(?:STABLE_)?TORCH_LIBRARY[ \t]*\([ \t]*(\w+)[ \t]*,", re.MULTILINE)
-
-_EXPORTS = "functions= of load_inline"  # what compilers call the lines that export them
 
 _modules: dict[Path, ModuleType] = {}
 _blocks: dict[str, Path] = {}  # namespaces whose TORCH_LIBRARY block is loaded
@@ -140,13 +138,17 @@ def load_inline(
     texts = {f"{name}_{i}.cpp": text for i, text in enumerate(cpp)}
     texts |= {f"{name}_{i}.cuh": text for i, text in enumerate(cuda)}
     # The user's texts stay in files of their own, so that line numbers in errors are theirs.
+    files = [f"{name}_{i}.cpp" for i in range(len(cpp))]
+    direct = None
+    if exported is not None and with_pytorch_error_handling and not no_implicit_headers:
+        direct = _bindings.without_pybind(exported, dict(zip(files, cpp, strict=True)), cuda)
     headers = [] if no_implicit_headers else ["torch/extension.h"]
-    texts["main.cpp"] = _including(headers, [f"{name}_{i}.cpp" for i in range(len(cpp))])
-    texts["main.cpp"] += _pybind_module(exported, with_pytorch_error_handling)
+    texts["main.cpp"] = _bindings.including(headers, files)
+    texts["main.cpp"] += _bindings.with_pybind(exported, wrapped=with_pytorch_error_handling)
     units = ["main.cpp"]
     if cuda:
         headers = [] if no_implicit_headers else ["torch/types.h", "cuda.h", "cuda_runtime.h"]
-        texts["main.cu"] = _including(headers, [f"{name}_{i}.cuh" for i in range(len(cuda))])
+        texts["main.cu"] = _bindings.including(headers, [f"{name}_{i}.cuh" for i in range(len(cuda))])
         units.append("main.cu")
     job = Job.of(
         name,
@@ -161,10 +163,11 @@ def load_inline(
         texts=texts,
         units=units,
     )
+    job = dataclasses.replace(job, direct=direct)
     try:
         library = job.library()
     except BuildError as err:
-        wrong = {d.line for d in err.diagnostics if d.file == _EXPORTS}
+        wrong = {d.line for d in err.diagnostics if d.file == _bindings.EXPORTS}
         names = [repr(name) for line, name in enumerate(exported or (), 1) if line in wrong]
         if not names:
             raise
@@ -306,7 +309,9 @@ def _import(name: str, path: Path) -> ModuleType:
     if path not in _modules:
         # pybind11 3 keeps modules by the name in their spec (pybind11.h, cached_create_module): a second
         # content under one name would silently be the first one. What stands before the dot tells them apart.
-        spec = importlib.util.spec_from_file_location(f"{path.parent.parent.name}-{path.parent.name}.{name}", path)
+        spec = importlib.util.spec_from_file_location(
+            f"{path.parent.parent.name}-{path.parent.name}.{name}", path
+        )
         if spec is None or spec.loader is None:
             raise ImportError(f"{path} is no extension module of this Python")
         module = importlib.util.module_from_spec(spec)
@@ -323,11 +328,6 @@ def _load_library(path: Path) -> str:
     return str(path)
 
 
-def _including(headers: Sequence[str], files: Sequence[str]) -> str:
-    lines = [f"#include <{header}>" for header in headers] + [f'#include "{file}"' for file in files]
-    return "\n".join(lines) + "\n"
-
-
 def _documented(
     doing: str, functions: str | Sequence[str] | Mapping[str, str] | None
 ) -> Mapping[str, str] | None:
@@ -335,14 +335,3 @@ def _documented(
     if functions is None or isinstance(functions, Mapping):
         return functions
     return {name: name for name in _arguments.texts(doing, "functions", functions)}
-
-
-def _pybind_module(documented: Mapping[str, str] | None, wrapped: bool) -> str:
-    """Return the block that exports functions to Python, a line each under a name of its own."""
-    if documented is None:
-        return ""
-    lines = ["PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {", f'#line 1 "{_EXPORTS}"']
-    for name, text in documented.items():
-        value = f"torch::wrap_pybind_function({name})" if wrapped else name
-        lines.append(f'  m.def("{name}", {value}, {json.dumps(text)});')
-    return "\n".join([*lines, "}\n"])

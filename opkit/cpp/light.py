@@ -99,6 +99,12 @@ class Source:
         text = f'#include "{self.path}"' if self.path else f'#line {self.line} "{self.place}"\n{self.text}'
         spellings = self._spellings()
         used = self.tier or tiers.infer(spellings)
+        if tiers.TIERS.index(used) < tiers.TIERS.index(tiers.infer(spellings)):
+            raise BuildError(
+                f"building {label}: it is said to be of the {used} tier and includes headers of the "
+                f"{tiers.infer(spellings)} tier; expected only headers of its own. Leave tier= out.",
+                op=schema.name,
+            )
         if used != tiers.LIGHT:
             _boxed.refuse_registrations(self._read(), schema)
         if used == tiers.ATEN:
@@ -174,7 +180,7 @@ class Source:
             schema,
             device,
             with_outputs=plan is None and not allocates,
-            unload=self.toolchain is toolchains.CPP,
+            unload=job.tier == tiers.LIGHT and self.toolchain is toolchains.CPP and not self.extra_ldflags,
         )
         call = library.call
         if plan is not None or allocates or not schema.results:
@@ -304,10 +310,23 @@ def kernel(
             f"naming a kernel: {path} has the suffix {path.suffix!r}; expected one of "
             f"{', '.join(toolchains.suffixes())}. Name the C++ or CUDA source itself."
         )
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # not resolved: a link may come to lead elsewhere
+    if '"' in str(path) or not str(path).isprintable() or not _is_utf8(path):
+        raise BuildError(
+            f"naming a kernel: the path {str(path)!r} has letters that no #include takes; expected printable ones "
+            "without quotation marks. Rename the file or its folder."
+        )
     if toolchain is not None or cuda is not None:
         found = _named_toolchain(toolchain or ("cuda" if cuda else "cpp"))
     return Source(path, None, symbol, found, str(path), str(path), 1, tier, **options)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _occurrences(text: str, content: str) -> Iterator[int]:

@@ -7,9 +7,7 @@ where `opkit/launch.h` finds them. No device is needed, and nothing is written o
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import functools
 import re
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from opkit.cpp import _cuda_split, _nvrtc, toolchain, toolchains
+from opkit.cpp import _cuda_split, _nvrtc, diagnostics, toolchain, toolchains
 from opkit.cpp._nvrtc import Nvrtc
 from opkit.cpp.toolchain import Compiler
 from opkit.cpp.toolchains import Options, Toolchain
@@ -149,7 +147,7 @@ class _Kernel:
     """An instantiation of a kernel that the host's program launches, by its variable there."""
 
     def __init__(self, variable: str, assembly: str) -> None:
-        text = _demangled(variable).removesuffix(f"::{_cuda_split.KERNEL}")
+        text = diagnostics.demangled(variable).removesuffix(f"::{_cuda_split.KERNEL}")
         self.variable = variable
         self.name = _without_parameters(text.replace("(anonymous namespace)::", ""))
         mangled = "_Z" + variable[3:].removesuffix(f"E{len(_cuda_split.KERNEL)}{_cuda_split.KERNEL}")
@@ -301,27 +299,6 @@ class _Table:
                 f".quad {kernel.variable}, {kernel.function}, .Lopkit_symbol_{index}, .Lopkit_name_{index}"
             )
         return "\n".join([*lines, ".quad 0, 0, 0, 0", ""])
-
-
-@functools.cache
-def _demangler() -> Callable[[str], str]:
-    function = ctypes.CDLL("libstdc++.so.6")["__cxa_demangle"]
-    function.restype = ctypes.c_void_p
-
-    def demangle(symbol: str) -> str:
-        status = ctypes.c_int()
-        found = function(symbol.encode(), None, None, ctypes.byref(status))
-        if not found:
-            return symbol
-        text = ctypes.string_at(found).decode()
-        ctypes.CDLL(None).free(ctypes.c_void_p(found))
-        return text
-
-    return demangle
-
-
-def _demangled(symbol: str) -> str:
-    return _demangler()(symbol)
 
 
 def _without_parameters(function: str) -> str:

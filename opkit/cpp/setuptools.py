@@ -253,8 +253,10 @@ class _BuildKernels(build_ext):  # type: ignore[misc]
         """Return what is to be compiled, or None for what is left out."""
         reason = self._left_out(kernel.source)
         job = None if reason else kernel.source.job(kernel.schema, kernel.plan, kernel.backend)
-        if isinstance(job, Job):
+        if isinstance(job, Job) and not job.is_open:
             return job
+        if isinstance(job, Job):
+            reason = "it includes a file by a macro, which only a compiler finds"
         reason = reason or "it is of the aten tier, and so for one torch alone"
         self._say(f"{kernel.label} is left to the machine that runs it: {reason}")
         return None

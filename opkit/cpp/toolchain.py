@@ -182,7 +182,8 @@ def cuda_architectures() -> tuple[str, ...]:
 
 def native_macros(cxx: Compiler, flags: Sequence[str]) -> str:
     """Return a hash of what `-march=native` and the like among `flags` mean on this machine, or nothing."""
-    native = tuple(flag for flag in flags if flag.startswith("-m") and "native" in flag)
+    parts = [part for flag in flags for part in re.split(r",|(?<=options)=|(?<=Xcompiler)=", flag)]
+    native = tuple(part for part in parts if part.startswith("-m") and "native" in part)
     if not native:
         return ""
     command = [*cxx.command, *native, "-dM", "-E", "-x", "c++", os.devnull]
@@ -298,8 +299,23 @@ def _identify(command: tuple[str, ...]) -> Compiler | None:
 def _probe(command: tuple[str, ...], path: Path, real: str, stamp: tuple[int, int]) -> Compiler | None:
     # `stamp` is in the arguments so that a compiler replaced under a running process is asked anew.
     # Where the compiler lies is no part of its version: a cache is shared by machines.
-    version = known(("version", command, real, stamp), lambda: _output([*command, "--version"]).strip())
-    return Compiler(path.absolute(), f"{version}\n{stamp[0]} bytes", command) if version else None
+    if text := _script(real):  # what it starts may change while it stays the same
+        version = _output([*command, "--version"]).strip()
+    else:
+        version = known(("version", command, real, stamp), lambda: _output([*command, "--version"]).strip())
+    flags = [word for word in command[1:] if word.startswith("-")]
+    return (
+        Compiler(path.absolute(), f"{version}\n{stamp[0]} bytes {text} {flags}", command) if version else None
+    )
+
+
+def _script(file: str) -> str:
+    """Return what tells a wrapper around a compiler from others, or nothing where it is a compiler itself."""
+    if os.path.basename(file) in LAUNCHERS:
+        return os.path.basename(file)
+    with open(file, "rb") as stream:
+        start = stream.read(2)
+        return cache.digest(stream.read()) if start == b"#!" else ""
 
 
 def known(question: tuple[object, ...], ask: Callable[[], str]) -> str:

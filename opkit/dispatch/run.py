@@ -24,7 +24,6 @@ class Runner:
         self.meta = meta
         table.plan = lambda: self.native_plan
         self._count = len(table.schema.params)
-        self._built: dict[Kernel, Bound] = {}
 
     @property
     def native_plan(self) -> Plan | None:
@@ -50,15 +49,10 @@ class Runner:
         args, kwargs = self.schema.split(values)
         return function(*args, **kwargs)
 
-    def forget(self, kernel: Kernel | None = None) -> None:
-        """Bind a native kernel anew at its next call, or all of them, as what they are made of has changed.
-
-        Its library is unloaded when no call that runs now uses it any more.
-        """
-        if kernel is None:
-            self._built.clear()
-        else:
-            self._built.pop(kernel, None)
+    def forget(self) -> None:
+        """Bind native kernels anew, as the outputs' metadata comes from somewhere else now."""
+        for kernel in self.table.all():
+            kernel.forget()
 
     def preferring(self, /, *args: Any, opkit_backend: str, **kwargs: Any) -> Any:
         """Run under the preference that a compiled function traced around the call."""
@@ -67,8 +61,10 @@ class Runner:
             return self(*args, **kwargs)
 
     def _native(self, kernel: Kernel, values: tuple[Any, ...]) -> Any:
-        bound = self._built.get(kernel)
-        if bound is None:
+        slot = kernel.slot()
+        if slot:
+            bound: Bound = slot[0]
+        else:
             assert isinstance(kernel.function, Source)
             plan = self.native_plan
             if self.meta.plan is not None:
@@ -76,7 +72,7 @@ class Runner:
             bound = kernel.function.bind(
                 self.schema, plan, kernel.device, self.meta.of_registered, kernel.backend
             )
-            self._built[kernel] = bound
+            slot.append(bound)
         plan = self.meta.plan
         if plan is not None and self.meta.function is not None:
             plan.infer(*values)  # the glue has no shape line to check them by

@@ -91,7 +91,8 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
         key: Any = (first.device.type, first.dtype, wanted)
     else:
         key = (device_of(table.schema, values), _first_dtype(values), wanted)
-    decided = table.decided.get(key)
+    choices = table.decided
+    decided = choices.get(key)
     if decided is not None:
         return decided
     device = key[0]
@@ -104,7 +105,7 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
             if kernel.backend == REFERENCE and REFERENCE not in wanted.names:
                 _warn_of_fallback(table, device, rejected)
             if lasting:
-                table.decided[key] = kernel
+                choices[key] = kernel
             return kernel
         rejected.append((kernel, reason))
     lines = "".join(f"\n    {k.backend}: {reason}" for k, reason in rejected)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,15 @@ class Kernel:
     when: Callable[..., bool | str] | None = None
     priority: int = 0
     source: str = ""
+    _slots: list[list[Any]] = field(default_factory=lambda: [[]], repr=False)
+
+    def slot(self) -> list[Any]:
+        """Return where the built kernel is kept: a list of at most one, until `forget`."""
+        return self._slots[0]
+
+    def forget(self) -> None:
+        """Have it built anew. Whoever builds now puts it where nobody looks any more."""
+        self._slots[0] = []
 
 
 class KernelTable:
@@ -50,8 +59,8 @@ class KernelTable:
         self.plan: Callable[[], Plan | None] = lambda: None
         self.reference = Kernel(REFERENCE, "any", reference, source=describe(reference))
 
-    def add(self, kernel: Kernel) -> Kernel | None:
-        """Register a kernel and return the one whose place it takes, which warns if it is from elsewhere."""
+    def add(self, kernel: Kernel) -> None:
+        """Register a kernel; one that takes the place of another from elsewhere warns."""
         key = (kernel.device, kernel.backend)
         old = self._kernels.get(key)
         if old is not None and old.source != kernel.source:
@@ -61,8 +70,7 @@ class KernelTable:
             )
         self._kernels[key] = kernel
         preference.know(kernel.backend)
-        self.decided.clear()
-        return old
+        self.decided = {}  # not cleared: a choice that is being made now goes to the old one
 
     def for_device(self, device: str) -> list[Kernel]:
         """Return the kernels for a device, most wanted first, the reference last."""

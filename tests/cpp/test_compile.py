@@ -387,3 +387,63 @@ def test_compile_commands_are_those_of_the_users_files(tmp_path):
 def test_verbose_shows_what_is_run(capfd):
     answer(4, verbose=True)
     assert "$ " in capfd.readouterr().err
+
+
+def key_of(text: str = "int f() { return 1; }", **kwargs) -> str:
+    return Job(label="f", units=(Unit("unit.cpp", text, toolchains.CPP),), **kwargs).key()
+
+
+def test_flags_of_the_compilers_variable_are_part_of_the_key(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -DK=1")
+    before = key_of()
+    monkeypatch.setenv("CXX", "g++ -DK=2")
+    assert key_of() != before
+    monkeypatch.setenv("CXX", "g++ -DK=1")
+    assert key_of() == before
+
+
+def test_a_wrapper_that_starts_another_compiler_is_another_one(tmp_path, monkeypatch):
+    wrapper, real = tmp_path / "g++", tmp_path / "real"
+    wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    keys = []
+    for version in (1, 2):
+        real.write_text(f"#!/bin/sh\necho g++ {version}\n")
+        real.chmod(0o755)
+        toolchain._probe.cache_clear()  # as in another process
+        toolchain._memory.clear()
+        toolchain._answers.clear()
+        keys.append(key_of())
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("flag", ["@{}", "-Wl,--version-script={}", "-include{}"])
+def test_a_file_that_a_flag_names_is_part_of_the_key(tmp_path, flag):
+    file = tmp_path / "named.txt"
+    keys = set()
+    for text in ("-DK=1\n", "-DK=2\n"):
+        file.write_text(text)
+        keys.add(key_of(cflags=(flag.format(file),)))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    "flag", ["-march=native", "-Xcompiler=-march=native", "--compiler-options=-fPIC,-march=native"]
+)
+def test_native_code_is_seen_wherever_the_flag_stands(flag):
+    assert toolchain.native_macros(toolchain.get_cxx(), [flag])
+
+
+def test_a_folder_with_a_backslash_or_parentheses(tmp_path, steps):
+    for name in ("b\\s", "Project (1)"):
+        folder = tmp_path / name
+        folder.mkdir()
+        source = folder / "k.cpp"
+        source.write_text(f"{EXPORT} int answer() {{ return 7; }}\n")
+        library = shared_library(unit_of(source), label="f", cflags=(f"-DX{len(name)}",))
+        assert ctypes.CDLL(str(library)).answer() == 7
+        source.write_text("int f() { return foo; }\n")
+        with pytest.raises(BuildError, match="foo") as caught:
+            shared_library(unit_of(source), label="f")
+        assert caught.value.diagnostics[0].file == str(source)

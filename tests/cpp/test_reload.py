@@ -125,3 +125,66 @@ def test_two_ops_with_one_source_keep_it_until_both_are_gone(registry, added):
     assert added(torch.zeros(1)).item() == 6
     gc.collect()
     assert added_too(torch.zeros(1)).item() == 5
+
+
+def test_a_source_that_is_a_link_follows_it(added, tmp_path):
+    for name, value in (("v1", 1), ("v2", 2)):
+        (tmp_path / f"{name}.cpp").write_text(ADD.format(value))
+    link = tmp_path / "current.cpp"
+    link.symlink_to("v1.cpp")
+    added.register_kernel("cpu", opkit.cpp.kernel(link))
+    assert added(torch.zeros(1)).item() == 1
+    link.unlink()
+    link.symlink_to("v2.cpp")
+    added.build("cpp")
+    assert added(torch.zeros(1)).item() == 2
+
+
+def test_a_library_with_threads_of_its_own_stays(added):
+    before = mapped()
+    code = "#include <thread>\nstatic std::thread* worker = new std::thread([] {});\n" + ADD.format(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        added.register_kernel("cpu", opkit.cpp.kernel(code))
+        added(torch.zeros(1))
+        added.register_kernel("cpu", opkit.cpp.kernel(ADD.format(2)))
+        added(torch.zeros(1))
+    assert len(mapped() - before) == 2
+
+
+def test_a_kernel_registered_while_another_is_chosen_is_run_next(added, monkeypatch):
+    from opkit.dispatch import select
+
+    added.register_kernel("cpu", opkit.cpp.kernel(ADD.format(1)))
+    reject, replaced = select._reject, []
+
+    def replacing(*args, **kwargs):
+        if not replaced:
+            replaced.append(added.register_kernel("cpu", opkit.cpp.kernel(ADD.format(2))))
+        return reject(*args, **kwargs)
+
+    monkeypatch.setattr(select, "_reject", replacing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        added(torch.zeros(1))
+    assert added(torch.zeros(1)).item() == 2
+
+
+def test_a_build_while_a_call_binds_is_not_lost(added, tmp_path, monkeypatch):
+    from opkit.cpp.light import Source
+
+    source = tmp_path / "added.cpp"
+    source.write_text(ADD.format(1))
+    added.register_kernel("cpu", opkit.cpp.kernel(source))
+    bind = Source.bind
+
+    def binding(self, *args):
+        bound = bind(self, *args)
+        if source.read_text() == ADD.format(1):
+            source.write_text(ADD.format(2))
+            added.build("cpp")
+        return bound
+
+    monkeypatch.setattr(Source, "bind", binding)
+    added(torch.zeros(1))
+    assert added(torch.zeros(1)).item() == 2

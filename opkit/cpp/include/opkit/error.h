@@ -47,6 +47,25 @@ class Text {
   }
   const char* c_str() const { return buffer_; }
 
+  // Python reads UTF-8: a letter that is cut, or a byte of another encoding, would take the message with it.
+  OPKIT_COLD void make_utf8() {
+    for (size_t i = 0; i < length_;) {
+      const unsigned char first = static_cast<unsigned char>(buffer_[i]);
+      const size_t more = first < 0xc2 ? 0 : first < 0xe0 ? 1 : first < 0xf0 ? 2 : 3;
+      const unsigned least[] = {0, 0x80, 0x800, 0x10000};
+      unsigned letter = more ? first & (0x3fu >> more) : first;
+      bool good = more ? first < 0xf5 && i + more < length_ : first < 0x80;
+      for (size_t k = 1; good && k <= more; ++k) {
+        const unsigned char next = static_cast<unsigned char>(buffer_[i + k]);
+        good = next >> 6 == 2;
+        letter = letter << 6 | (next & 0x3fu);
+      }
+      good = good && letter >= least[more] && letter < 0x110000 && letter >> 11 != 0x1b;
+      if (!good) buffer_[i] = '?';
+      i += good ? more + 1 : 1;
+    }
+  }
+
  private:
   OPKIT_COLD Text& digits(unsigned long long value) {
     char number[24];
@@ -63,7 +82,7 @@ class Text {
 // What OPKIT_CHECK throws; it arrives in Python as a RuntimeError with this text.
 class Error : public std::exception {
  public:
-  explicit Error(const Text& text) : text_(text) {}
+  explicit Error(const Text& text) : text_(text) { text_.make_utf8(); }
   const char* what() const noexcept override { return text_.c_str(); }
 
  private:

@@ -201,6 +201,7 @@ class TensorList {
     }
     for (int64_t i = 0; i < list.size(); ++i) views_[i] = handles_[i].open();
   }
+  Span<Tensor> span() const { return views_.span(); }
   operator Span<Tensor>() const { return views_.span(); }
   operator Optional<Span<Tensor>>() const {
     return has_ ? Optional<Span<Tensor>>(views_.span()) : Optional<Span<Tensor>>();
@@ -380,12 +381,50 @@ OPKIT_ONCE inline void same_device(const Tensor& first, const Tensor& other) {
          " are on different devices; move one of them");
 }
 
+// Sizes of Python's whole numbers, which do not wrap.
+[[noreturn]] OPKIT_COLD inline void too_large() {
+  fail("a size in the shape line is beyond 64 bits; pass smaller numbers");
+}
+OPKIT_ONCE inline int64_t plus(int64_t a, int64_t b) {
+  if (__builtin_add_overflow(a, b, &a)) too_large();
+  return a;
+}
+OPKIT_ONCE inline int64_t minus(int64_t a, int64_t b) {
+  if (__builtin_sub_overflow(a, b, &a)) too_large();
+  return a;
+}
+OPKIT_ONCE inline int64_t times(int64_t a, int64_t b) {
+  if (__builtin_mul_overflow(a, b, &a)) too_large();
+  return a;
+}
+
 // Python's // and %, which round down.
 OPKIT_ONCE inline int64_t floor_div(int64_t a, int64_t b) {
   if (b == 0) fail("a size in the shape line divides by zero");
+  if (b == -1) return minus(0, a);  // the processor would stop the process where that does not fit
   return a / b - (a % b != 0 && (a < 0) != (b < 0));
 }
-inline int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
+inline int64_t floor_mod(int64_t a, int64_t b) { return b == -1 ? 0 : a - floor_div(a, b) * b; }
+
+// The device of a call: that of the first tensor which is not None, in arguments and lists alike.
+class CallDevice {
+ public:
+  OPKIT_ONCE void take(const Tensor& tensor) {
+    if (!tensor) return;
+    if (first_)
+      same_device(*first_, tensor);
+    else
+      first_ = &tensor;
+  }
+  OPKIT_ONCE void take_all(Span<Tensor> list) {
+    for (int64_t i = 0; i < list.size(); ++i) take(list[i]);
+  }
+  const Tensor& tensor() const { return first_ ? *first_ : none_; }
+
+ private:
+  const Tensor* first_ = nullptr;
+  Tensor none_;
+};
 
 #if defined(__CUDACC__)
 class DeviceGuard {
