@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from opkit.cpp.extension import load as load
     from opkit.cpp.extension import load_inline as load_inline
     from opkit.cpp.light import kernel as kernel
-    from opkit.cpp.toolchains import Toolchain as Toolchain
-    from opkit.cpp.toolchains import register as register_toolchain
+    from opkit.cpp.toolchain import Toolchain as Toolchain
+    from opkit.cpp.toolchain import register as register_toolchain
 
 # Loaded when used, as `opkit.cpp.setuptools` is imported where there is no torch.
 _LAZY = {
-    "Toolchain": ("toolchains", "Toolchain"),
+    "Toolchain": ("toolchain", "Toolchain"),
     "build": ("extension", "build"),
     "kernel": ("light", "kernel"),
     "load": ("extension", "load"),
     "load_inline": ("extension", "load_inline"),
-    "register_toolchain": ("toolchains", "register"),
+    "register_toolchain": ("toolchain", "register"),
 }
 
 __all__ = ["Toolchain", "build", "kernel", "load", "load_inline", "register_toolchain"]

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opkit import _torch_build
-from opkit.cpp import _arguments, _bindings, _includes, _jobs, _pch, cache, diagnostics, toolchain
+from opkit.cpp import _arguments, _bindings, _includes, _jobs, _pch, cache, compilers, diagnostics
 from opkit.cpp import tier as tiers
 from opkit.cpp._progress import Progress, building
 from opkit.cpp.compile import included_by_path, placed_nowhere, stub_libraries
-from opkit.cpp.toolchains import names_host_compiler
+from opkit.cpp.toolchain import names_host_compiler
 from opkit.errors import BuildError
 
 Sources = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -69,8 +69,8 @@ class Job:
     include_paths: tuple[Path, ...]
     with_cuda: bool
     verbose: bool
-    cxx: toolchain.Compiler
-    nvcc: toolchain.Compiler | None
+    cxx: compilers.Compiler
+    nvcc: compilers.Compiler | None
     architectures: tuple[str, ...]
     op: str | None = None
     """The op that it is a kernel of."""
@@ -127,7 +127,7 @@ class Job:
                 "Leave with_cuda out."
             )
         needs_nvcc = with_cuda and _refuse_rocm(name)
-        nvcc = _fitting(name, toolchain.get_nvcc()) if needs_nvcc else None
+        nvcc = _fitting(name, compilers.get_nvcc()) if needs_nvcc else None
         return cls(
             name=name,
             files=tuple(files),
@@ -142,9 +142,9 @@ class Job:
             ),
             with_cuda=with_cuda,
             verbose=verbose,
-            cxx=toolchain.get_cxx(),
+            cxx=compilers.get_cxx(),
             nvcc=nvcc,
-            architectures=toolchain.cuda_architectures() if needs_nvcc else (),
+            architectures=compilers.cuda_architectures() if needs_nvcc else (),
         )
 
     @classmethod
@@ -237,7 +237,7 @@ class Job:
         self._write_build_file(work.folder, final)
         headers = work.folder / "headers"
         _torch_build.search_first(work.folder / "build.ninja", headers)
-        ninja = [str(toolchain.get_ninja()), "-v", "-j", str(_jobs.limit(self._memory_each))]
+        ninja = [str(compilers.get_ninja()), "-v", "-j", str(_jobs.limit(self._memory_each))]
         with building(self.label, steps=len(self.files) + len(self.units) + 1) as progress:
             ways = self._ways()
             while True:
@@ -267,7 +267,7 @@ class Job:
             words = _words(cuda_cflags)
             # torch asks the devices, of which a build machine has none, unless the flags name architectures.
             if not any("arch" in flag for flag in words):
-                cuda_cflags = [*toolchain.gencode_flags(self.architectures), *cuda_cflags]
+                cuda_cflags = [*compilers.gencode_flags(self.architectures), *cuda_cflags]
             # torch passes -ccbin $CC itself, and nvcc takes one only.
             if "CC" not in os.environ and not names_host_compiler(words):
                 cuda_cflags = ["-ccbin", shlex.quote(str(self.cxx.path)), *cuda_cflags]
@@ -278,12 +278,12 @@ class Job:
             name=self.name,
             sources=[*(folder / unit for unit in self.units), *_distinct(self.files, folder, self.units)],
             cxx=self.cxx.command,
-            launchers=toolchain.LAUNCHERS,
+            launchers=compilers.LAUNCHERS,
             extra_cflags=[*_CFLAGS, place, *self.cflags],
             extra_cuda_cflags=cuda_cflags,
             extra_ldflags=ldflags,
             extra_include_paths=self.include_paths,
-            cuda_home=toolchain.cuda_home(self.nvcc) if self.nvcc else None,
+            cuda_home=compilers.cuda_home(self.nvcc) if self.nvcc else None,
         )
 
     def _ways(self) -> list[_Way]:
@@ -338,7 +338,7 @@ class Job:
         import torch
 
         # torch looks in $CUDA_HOME/lib64 alone, where a toolkit of a distribution has nothing.
-        folders = toolchain.cuda_library_folders(self.nvcc) if self.nvcc else []
+        folders = compilers.cuda_library_folders(self.nvcc) if self.nvcc else []
         flags = [f"-L{shlex.quote(str(folder))}" for folder in folders]
         if (Path(torch.__file__).parent / "lib" / "libtorch_cuda.so").exists():
             return flags
@@ -350,7 +350,7 @@ class Job:
         process = subprocess.Popen(
             ninja,
             cwd=folder,
-            env={**toolchain.build_environment(), "NINJA_STATUS": "[%f/%t] "},
+            env={**compilers.build_environment(), "NINJA_STATUS": "[%f/%t] "},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -378,7 +378,7 @@ class Job:
             for spelling, text in self.texts.items():
                 (folder / spelling).write_text(text)
             self._write_build_file(folder, folder)
-            ninja = [str(toolchain.get_ninja()), "-t", "compdb"]
+            ninja = [str(compilers.get_ninja()), "-t", "compdb"]
             done = subprocess.run(ninja, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
             sources = {str(path): path for path in self.files}
             # What stands in for a source that shares its name with another one only includes it.
@@ -405,7 +405,7 @@ class Job:
         build_file = kept / "build.ninja"
         build_file.write_text(build_file.read_text().replace(before, str(kept)))
         (kept / "log.txt").write_text(log)
-        ninja = shlex.join([str(toolchain.get_ninja()), "-v"])
+        ninja = shlex.join([str(compilers.get_ninja()), "-v"])
         (kept / "command.sh").write_text(f"#!/bin/sh\ncd {shlex.quote(str(kept))} && LC_ALL=C {ninja}\n")
         failed = re.search(r"^FAILED: .*\n(.+)$", log, re.MULTILINE)
         return diagnostics.failure(
@@ -460,7 +460,7 @@ def _refuse_rocm(name: str) -> bool:
     return True
 
 
-def _fitting(name: str, nvcc: toolchain.Compiler) -> toolchain.Compiler:
+def _fitting(name: str, nvcc: compilers.Compiler) -> compilers.Compiler:
     """Return `nvcc` where code that it compiles runs beside torch's own CUDA."""
     import torch
 
@@ -530,6 +530,6 @@ def _output(command: Sequence[str], text: str) -> str:
         text=True,
         errors="replace",
         check=False,
-        env=toolchain.build_environment(),
+        env=compilers.build_environment(),
     )
     return done.stdout

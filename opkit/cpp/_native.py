@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from opkit import _torch
-from opkit.cpp import diagnostics, toolchain
+from opkit.cpp import compilers, diagnostics
 from opkit.errors import BuildError
 from opkit.spec.schema import Schema
 
@@ -185,7 +185,7 @@ def _shim() -> ctypes.CDLL:
         ctypes.c_void_p,
     ]
     stat = os.stat(path)
-    toolchain.known(("dtypes", path, stat.st_size, stat.st_mtime_ns, DTYPES), lambda: _agreed(library))
+    compilers.known(("dtypes", path, stat.st_size, stat.st_mtime_ns, DTYPES), lambda: _agreed(library))
     return library
 
 

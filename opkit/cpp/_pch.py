@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from opkit import _torch_build
-from opkit.cpp import _includes, cache, diagnostics, toolchain
+from opkit.cpp import _includes, cache, compilers, diagnostics
 from opkit.cpp._progress import building
 from opkit.errors import BuildError
 
@@ -112,7 +112,7 @@ def place(
     headers: Iterable[str],
     *,
     ours: Mapping[str, str],
-    cxx: toolchain.Compiler,
+    cxx: compilers.Compiler,
     words: Sequence[str],
     user_words: Sequence[str],
     user_folders: Sequence[Path],
@@ -159,7 +159,7 @@ def prepare(extra_cflags: Sequence[str] = (), headers: Sequence[str] = (BINDING,
 
     Empty for compilers other than gcc, whose precompiled headers opkit does not use.
     """
-    cxx = toolchain.get_cxx()
+    cxx = compilers.get_cxx()
     if not _is_gcc(cxx):
         return []
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +168,7 @@ def prepare(extra_cflags: Sequence[str] = (), headers: Sequence[str] = (BINDING,
             name="headers",
             sources=[Path(folder) / "headers.cpp"],
             cxx=cxx.command,
-            launchers=toolchain.LAUNCHERS,
+            launchers=compilers.LAUNCHERS,
             extra_cflags=[*PLAIN_FLAGS, *extra_cflags],
             extra_cuda_cflags=[],
             extra_ldflags=[],
@@ -180,7 +180,7 @@ def prepare(extra_cflags: Sequence[str] = (), headers: Sequence[str] = (BINDING,
     return [_obtain(header, cxx, _relevant(words, user_words)) for header in headers]
 
 
-def _precompiled(header: str, cxx: toolchain.Compiler, flags: Sequence[str]) -> Path | None:
+def _precompiled(header: str, cxx: compilers.Compiler, flags: Sequence[str]) -> Path | None:
     """Return the precompiled header from the second time on that it is asked for, unless it cannot be made."""
     key = _key(header, cxx, flags)
     asked = cache.root() / "headers" / key
@@ -199,7 +199,7 @@ def _precompiled(header: str, cxx: toolchain.Compiler, flags: Sequence[str]) -> 
         return None
 
 
-def _obtain(header: str, cxx: toolchain.Compiler, flags: Sequence[str]) -> Path:
+def _obtain(header: str, cxx: compilers.Compiler, flags: Sequence[str]) -> Path:
     def build(work: cache.Workspace) -> Path:
         (work.folder / "header.h").write_text(_TEXTS[header])
         command = [*cxx.command, *flags, "-MD", "-MF", "header.d", "-x", "c++-header", "header.h"]
@@ -208,7 +208,7 @@ def _obtain(header: str, cxx: toolchain.Compiler, flags: Sequence[str]) -> Path:
             done = subprocess.run(
                 command,
                 cwd=work.folder,
-                env=toolchain.build_environment(),
+                env=compilers.build_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -227,7 +227,7 @@ def _obtain(header: str, cxx: toolchain.Compiler, flags: Sequence[str]) -> Path:
     return cache.obtain(lambda: _key(header, cxx, flags), label=LABEL, build=build)
 
 
-def _key(header: str, cxx: toolchain.Compiler, flags: Sequence[str]) -> str:
+def _key(header: str, cxx: compilers.Compiler, flags: Sequence[str]) -> str:
     import torch
 
     return cache.digest(
@@ -275,6 +275,6 @@ def _is_shadowed(precompiled: Path, folders: Sequence[Path]) -> bool:
     return False
 
 
-def _is_gcc(cxx: toolchain.Compiler) -> bool:
+def _is_gcc(cxx: compilers.Compiler) -> bool:
     # A launcher such as ccache has its own idea of precompiled headers.
     return "Free Software Foundation" in cxx.version and len(cxx.command) == 1

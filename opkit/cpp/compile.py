@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opkit.cpp import _includes, _jobs, cache, diagnostics, prebuilt, toolchain, toolchains
+from opkit.cpp import _includes, _jobs, cache, compilers, diagnostics, prebuilt, toolchain
 from opkit.cpp import tier as tiers
 from opkit.cpp._progress import Progress, building
-from opkit.cpp.toolchain import Compiler
-from opkit.cpp.toolchains import Options, Toolchain
+from opkit.cpp.compilers import Compiler
+from opkit.cpp.toolchain import Options, Toolchain
 from opkit.errors import BuildError
 
 INCLUDE = Path(__file__).parent / "include"
@@ -104,7 +104,7 @@ class Job:
         for used in self._toolchains:
             if used.find() is None:
                 _refuse(used, self.label, self.op)
-        toolchain.get_cxx()
+        compilers.get_cxx()
         return cache.obtain(self.key, label=self.label, build=self.build)
 
     def prebuilt(self) -> Path | None:
@@ -144,7 +144,7 @@ class Job:
 
     def key(self) -> str:
         """Hash what the library computes and how it is compiled: still no paths and no times."""
-        cxx = toolchain.get_cxx()
+        cxx = compilers.get_cxx()
         return cache.digest(
             _FORMAT,
             self.source_key(),
@@ -154,7 +154,7 @@ class Job:
             [(used.flags, _compiler(used).version, used.architectures()) for used in self._toolchains],
             self._system.versions,
             _includes.variables(),
-            toolchain.native_macros(cxx, (*cxx.command, *self.cflags, *self.cuda_cflags)),
+            compilers.native_macros(cxx, (*cxx.command, *self.cflags, *self.cuda_cflags)),
         )
 
     @property
@@ -169,7 +169,7 @@ class Job:
         library = work.folder / (f"{self.module}.so" if self.module else f"{cache.slug(self.label)}.so")
         for unit in self.units:
             (work.folder / unit.name).write_text(unit.text)
-        whole = len(self.units) == 1 and self.units[0].toolchain is toolchains.CPP
+        whole = len(self.units) == 1 and self.units[0].toolchain is toolchain.CPP
         steps = [[*self._command(unit), *_dependency_flags(unit)] for unit in self.units]
         if whole:
             steps = [[*steps[0], self.units[0].name, *self._link(library.name, ())]]
@@ -181,7 +181,7 @@ class Job:
             log = self._run(work, steps, "", progress)
             if not whole:
                 objects = [f"{unit.name}.o" for unit in self.units]
-                link = [*toolchain.get_cxx().command, *self._link(library.name, objects)]
+                link = [*compilers.get_cxx().command, *self._link(library.name, objects)]
                 log = self._run(work, [link], log, progress, done=len(steps))
         (work.folder / "log.txt").write_text(log)
         scanned = self._scan().files
@@ -213,7 +213,7 @@ class Job:
         """Run steps that do not depend on each other, and return the log with what they said."""
         units = self.units if not done else (None,)  # the link is of none
         outputs: list[subprocess.CompletedProcess[str]] = []
-        memory = _MEMORY if self._toolchains == [toolchains.CPP] else _jobs.NVCC_MEMORY
+        memory = _MEMORY if self._toolchains == [toolchain.CPP] else _jobs.NVCC_MEMORY
         with concurrent.futures.ThreadPoolExecutor(min(len(steps), _jobs.limit(memory))) as pool:
             for output in pool.map(functools.partial(self._execute, work), steps, units):
                 outputs.append(output)
@@ -247,7 +247,7 @@ class Job:
 
     def _options(self, unit: Unit) -> Options:
         used, flags = unit.toolchain, (*self.cflags, *self.cuda_cflags)
-        own = self.cuda_cflags if used is not toolchains.CPP else ()
+        own = self.cuda_cflags if used is not toolchain.CPP else ()
         folders = dict.fromkeys([INCLUDE, *self.include_paths, *(path.parent for path in self._sources)])
         # Without the folder of a source in `__FILE__` the library is the same wherever it is built; a
         # debugger needs it.
@@ -255,7 +255,7 @@ class Job:
         named = [f"-DTORCH_EXTENSION_NAME={self.module}"] if self.module else []
         return Options(
             compiler=_compiler(used),
-            cxx=toolchain.get_cxx(),
+            cxx=compilers.get_cxx(),
             include_paths=(INCLUDE, *self.include_paths),
             system_paths=self._system.folders,
             defines=(*self._system.defines, *named),
@@ -265,7 +265,7 @@ class Job:
         )
 
     def _link(self, output: str, objects: Sequence[str]) -> list[str]:
-        cxx = toolchain.get_cxx()
+        cxx = compilers.get_cxx()
         flags = [*objects, "-shared", "-o", output]
         if self._system.needs_torch:
             # --no-as-needed: torch loads its libraries so that only those find their symbols that name them.
@@ -315,7 +315,7 @@ class Job:
         """Whether the units are C++ that includes nothing but opkit's own headers, compiled without flags."""
         return (
             not (self.cflags or self.ldflags)
-            and self._toolchains == [toolchains.CPP]
+            and self._toolchains == [toolchain.CPP]
             and all(name.startswith("opkit/") or name in _FREESTANDING for name in self._spellings)
         )
 
@@ -355,7 +355,7 @@ def _package_headers() -> str:
         contents = [(path.relative_to(INCLUDE), path.read_bytes()) for path in map(Path, _HEADERS)]
         return cache.digest(*((str(name), hashlib.sha256(content).hexdigest()) for name, content in contents))
 
-    return toolchain.known(("headers", *stamps), read)
+    return compilers.known(("headers", *stamps), read)
 
 
 def placed_nowhere(text: str) -> str:
@@ -378,10 +378,10 @@ def _compiler(used: Toolchain) -> Compiler:
 
 
 def _refuse(used: Toolchain, label: str, op: str | None) -> Any:
-    if used is toolchains.CPP:
-        toolchain.get_cxx()
-    if used is toolchains.CUDA:
-        toolchain.get_nvcc()
+    if used is toolchain.CPP:
+        compilers.get_cxx()
+    if used is toolchain.CUDA:
+        compilers.get_nvcc()
     raise BuildError(
         f"building {label}: the toolchain {used.name} has no compiler here: {used.why_none()}. Expected one that "
         f"compiles {', '.join(used.suffixes)}. Install it, or register another kernel for the op.",
@@ -401,7 +401,7 @@ def _execute(step: Sequence[str], folder: Path) -> subprocess.CompletedProcess[s
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=toolchain.build_environment(folder),
+        env=compilers.build_environment(folder),
         text=True,
         encoding="utf-8",
         errors="replace",

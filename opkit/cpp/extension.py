@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from opkit.cpp import _arguments, _bindings, _includes, compile, diagnostics, toolchains
+from opkit.cpp import _arguments, _bindings, _includes, compile, diagnostics, toolchain
 from opkit.cpp import tier as tiers
 from opkit.cpp._aten import Job, Sources
 from opkit.errors import BuildError
@@ -238,10 +238,10 @@ def _library(job: Job, tier: str | None) -> Path:
         tier = tiers.ATEN if scan.is_computed else tiers.infer(scan.spellings)
     units = []
     for index, path in enumerate(job.files):
-        if used := toolchains.for_suffix(path.suffix):
+        if used := toolchain.for_suffix(path.suffix):
             units.append(compile.Unit.of_file(path, index, used))
     for name in job.units:
-        if used := toolchains.for_suffix(Path(name).suffix):
+        if used := toolchain.for_suffix(Path(name).suffix):
             units.append(compile.Unit(name, job.texts[name], used))
     if tier == tiers.ATEN or len(units) != len(job.files) + len(job.units):
         return job.library()

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from opkit.cpp import _arguments, _aten, _boxed, _glue, _includes, nvrtc, prebuilt, toolchains
+from opkit.cpp import _arguments, _aten, _boxed, _glue, _includes, compilers, nvrtc, prebuilt
 from opkit.cpp import tier as tiers
-from opkit.cpp import toolchain as compilers
+from opkit.cpp import toolchain as toolchains
 from opkit.cpp._native import Loaded, register
 from opkit.cpp.compile import Job, Unit
-from opkit.cpp.toolchains import Toolchain
+from opkit.cpp.toolchain import Toolchain
 from opkit.errors import BuildError, did_you_mean
 from opkit.spec.plan import OutputMeta, Plan
 from opkit.spec.schema import Schema

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from opkit.cpp import _cuda_split, _nvrtc, diagnostics, toolchain, toolchains
+from opkit.cpp import _cuda_split, _nvrtc, compilers, diagnostics, toolchain
 from opkit.cpp._nvrtc import Nvrtc
-from opkit.cpp.toolchain import Compiler
-from opkit.cpp.toolchains import Options, Toolchain
+from opkit.cpp.compilers import Compiler
+from opkit.cpp.toolchain import Options, Toolchain
 from opkit.errors import BuildError
 
 _HEADERS = (
@@ -178,7 +178,7 @@ class _Job:
         # The files of a system folder would pass for the system's own.
         own = [re.sub("^-isystem", "-I", flag) for flag in given]
         return list(
-            toolchains.CPP.command(
+            toolchain.CPP.command(
                 dataclasses.replace(
                     self.options,
                     compiler=self.options.cxx,
@@ -319,24 +319,24 @@ def _without_parameters(function: str) -> str:
 
 def _compiler() -> Compiler | None:
     found = _nvrtc.find()
-    return Compiler(found.library, found.version, ()) if found and toolchain.find_cxx() else None
+    return Compiler(found.library, found.version, ()) if found and compilers.find_cxx() else None
 
 
 def _why_none() -> str:
-    return _nvrtc.why_none() or toolchain.why_no_cxx()
+    return _nvrtc.why_none() or compilers.why_no_cxx()
 
 
 TOOLCHAIN = Toolchain(
-    name=toolchains.CUDA.name,  # what it builds is the same op's kernel, for the same devices
-    suffixes=toolchains.CUDA.suffixes,
+    name=toolchain.CUDA.name,  # what it builds is the same op's kernel, for the same devices
+    suffixes=toolchain.CUDA.suffixes,
     find=_compiler,
     why_none=_why_none,
     command=lambda options: ["nvrtc", *options.folders],
-    flags=("nvrtc", *toolchains.CPP.flags),
+    flags=("nvrtc", *toolchain.CPP.flags),
     compile=compile_unit,
-    architectures=toolchains.CUDA.architectures,
-    libraries=toolchains.CUDA.libraries,  # it brings CUDA's runtime, which is called too
+    architectures=toolchain.CUDA.architectures,
+    libraries=toolchain.CUDA.libraries,  # it brings CUDA's runtime, which is called too
     link_flags=lambda compiler: ["-ldl"],
-    guard=toolchains.CUDA.guard,
+    guard=toolchain.CUDA.guard,
 )
 """CUDA source where there is no nvcc; `compile_unit` does what its command cannot. For light kernels."""

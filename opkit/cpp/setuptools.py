@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import setuptools  # type: ignore[import-untyped]
 from setuptools.command.build_ext import build_ext  # type: ignore[import-untyped]
 
-from opkit.cpp import _arguments, _audit, _jobs, cache, prebuilt, toolchain, toolchains
+from opkit.cpp import _arguments, _audit, _jobs, cache, compilers, prebuilt, toolchain
 from opkit.cpp.compile import Job
 from opkit.errors import BuildError, did_you_mean
 
@@ -285,9 +285,9 @@ class _BuildKernels(build_ext):  # type: ignore[misc]
         flags = (*source.extra_cflags, *source.extra_cuda_cflags)
         if any("arch=native" in flag or "mcpu=native" in flag for flag in flags):
             return "its flags ask for the processor that compiles it; name one that all users have"
-        if source.toolchain is toolchains.CUDA and self.cuda is not None:
+        if source.toolchain is toolchain.CUDA and self.cuda is not None:
             if self.cuda:
-                toolchain.get_nvcc()  # NVRTC's libraries need the CUDA runtime of one major version
+                compilers.get_nvcc()  # NVRTC's libraries need the CUDA runtime of one major version
             return "" if self.cuda else "cuda=False"
         return "" if source.toolchain.find() else source.toolchain.why_none()
 
@@ -364,7 +364,7 @@ def _architectures() -> Iterator[None]:
     if os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         yield
         return
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(toolchain._DEFAULT_ARCHITECTURES)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(compilers._DEFAULT_ARCHITECTURES)
     try:
         yield
     finally:

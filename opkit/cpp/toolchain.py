@@ -1,368 +1,241 @@
-"""Which compilers there are, and which GPUs to compile for.
+"""Toolchains: how source of a language becomes an object file, as a value.
 
-`find_*` answers None where `get_*` raises. Nothing here compiles a kernel, and nothing is
-looked for before it is asked for: opkit imports on machines without a compiler.
+C++ and CUDA are built in. A plugin registers one for a language of its own; files with its suffixes
+are then compiled by it wherever opkit compiles: as kernels, and as sources of `opkit.cpp.load`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
-import os
-import platform
 import re
-import shlex
-import shutil
 import subprocess
-import sys
-import sysconfig
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from opkit.cpp import cache
-from opkit.errors import BuildError, ConfigError
+from opkit import _sources
+from opkit.cpp import compilers
+from opkit.cpp.compilers import Compiler
+from opkit.errors import ConfigError
 
-_WITHOUT_NVCC = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
-LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
-_DEFAULT_ARCHITECTURES = ("8.0", "9.0+PTX")
-_AGAIN_AFTER = 1.0  # seconds until a compiler that was not there is looked for again
-_ARCHITECTURE = re.compile(r"\d{1,2}\.\d[af]?(\+PTX)?")
-# torch's names of generations, for TORCH_CUDA_ARCH_LIST=Hopper (torch/utils/cpp_extension.py, named_arches)
-_GENERATIONS = {
-    "Volta": "7.0+PTX",
-    "Turing": "7.5+PTX",
-    "Ampere": "8.0;8.6+PTX",
-    "Ada": "8.9+PTX",
-    "Hopper": "9.0+PTX",
-    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
-}
+_CXX_FLAGS = (
+    "-O3",
+    "-DNDEBUG",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",  # or a library with a static in a template could never be unloaded
+    "-fopenmp-simd",  # `#pragma omp simd` without OpenMP's library
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",  # fused multiply-add, which gcc switches off under -std=c++20
+)
+_CLANG_LACKS = ("-fno-gnu-unique",)
+_CUDA_FLAGS = ("-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--expt-extended-lambda")
 
 
 @dataclass(frozen=True)
-class Compiler:
-    """A compiler that answers: its file, what identifies it, and the words that start it.
+class Options:
+    """What a unit is compiled with, whatever the toolchain."""
 
-    `command` differs from `path` where $CXX names a launcher: `CXX="ccache g++"`.
+    compiler: Compiler
+    """The toolchain's own."""
+    cxx: Compiler
+    """The C++ compiler, which links, and compiles the host part of device languages."""
+    include_paths: tuple[Path, ...]
+    system_paths: tuple[Path, ...]
+    """Folders whose headers give no warnings: torch's, Python's."""
+    defines: tuple[str, ...]
+    """`-D` flags that opkit gives."""
+    cflags: tuple[str, ...]
+    """The caller's flags for C++."""
+    own_flags: tuple[str, ...]
+    """The caller's flags for this toolchain."""
+    architectures: tuple[str, ...]
+
+    @property
+    def folders(self) -> list[str]:
+        """The include folders as flags."""
+        flags = [f"-I{path}" for path in self.include_paths]
+        return flags + [word for path in self.system_paths for word in ("-isystem", str(path))]
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """How source of one language becomes an object file.
+
+    Args:
+        name: what it is called in texts; also the default backend of kernels compiled by it.
+        suffixes: of its source files, as in `(".cu",)`.
+        find: returns its compiler, or None where this machine has none.
+        why_none: returns why `find` finds none and what to do, in a few words.
+        command: returns the words that compile a unit, without the unit's name, `-c` and `-o`.
+        flags: what `command` always adds; part of the cache key.
+        compile: compiles a unit where that takes more than `command`, as `opkit.cpp.nvrtc.compile_unit` does.
+        abi: what a library's entry points agree on; part of the cache key.
+        architectures: returns the devices to compile for; part of the cache key.
+        libraries: torch libraries beside libtorch_cpu.so whose symbols its code uses.
+        link_flags: returns what the linker needs for its objects.
+        prelude: C++ that stands before the kernel, such as the include that gives the current stream.
+        guard: a C++ statement of the glue that selects a tensor's device; `{tensor}` is an opkit::Tensor.
+
+    Example:
+        >>> from opkit.cpp import compilers
+        >>> upper = Toolchain(
+        ...     name="upper",
+        ...     suffixes=(".upper",),
+        ...     find=compilers.find_cxx,
+        ...     why_none=compilers.why_no_cxx,
+        ...     command=lambda options: [*options.compiler.command, "-x", "c++", "-fPIC", *options.folders],
+        ... )
+        >>> register(upper)
+        >>> for_suffix(".upper").name
+        'upper'
+        >>> unregister("upper")
     """
 
-    path: Path
-    version: str
-    command: tuple[str, ...]
+    name: str
+    suffixes: tuple[str, ...]
+    find: Callable[[], Compiler | None]
+    why_none: Callable[[], str]
+    command: Callable[[Options], Sequence[str]]
+    flags: tuple[str, ...] = ()
+    compile: Callable[..., subprocess.CompletedProcess[str]] | None = None
+    abi: str = "stable-2.10"
+    architectures: Callable[[], tuple[str, ...]] = field(default=tuple)
+    libraries: tuple[str, ...] = ()
+    link_flags: Callable[[Compiler], Sequence[str]] = lambda compiler: ()
+    prelude: str = ""
+    guard: str = ""
 
 
-def find_cxx() -> Compiler | None:
-    """Return the C++ compiler: $CXX, else g++, clang++ or c++ on PATH; None where there is none.
-
-    >>> compiler = find_cxx()
-    >>> compiler is None or compiler.path.exists()
-    True
-    """
-    return _remembered(_search_cxx, "PATH", "CXX")
+_registered: dict[str, Toolchain] = {}
 
 
-def why_no_cxx() -> str:
-    """Return why `find_cxx` finds none, in a few words."""
-    if chosen := os.environ.get("CXX"):
-        return f"CXX is {chosen!r}, which does not run (correct CXX or unset it)"
-    return "no C++ compiler was found (install g++ or set CXX)"
-
-
-def get_cxx() -> Compiler:
-    """Return the C++ compiler.
+def register(added: Toolchain) -> None:
+    """Let files with the toolchain's suffixes be compiled by it; one of the same name is replaced.
 
     Raises:
-        BuildError: there is none, or $CXX names one that does not run.
+        ConfigError: it is no Toolchain, its name or a suffix is not one, or another toolchain has the suffix.
     """
-    if compiler := find_cxx():
-        return compiler
-    if chosen := os.environ.get("CXX"):
-        raise BuildError(
-            f"looking for a C++ compiler: CXX is {chosen!r}, which does not run. "
-            "Expected a compiler such as g++ or /usr/bin/clang++; correct CXX or unset it."
+    doing = "registering a toolchain"
+    if not isinstance(added, Toolchain):
+        raise ConfigError(
+            f"{doing}: found {added!r}; expected an opkit.cpp.Toolchain. Write opkit.cpp.Toolchain(name=..., ...)."
         )
-    raise BuildError(
-        "looking for a C++ compiler: none of $CXX, g++, clang++ and c++ is on PATH. "
-        "Install one (apt install g++, dnf install gcc-c++, conda install gxx) or set CXX."
-    )
-
-
-def find_nvcc() -> Compiler | None:
-    """Return nvcc: from $CUDA_HOME or $CUDA_PATH, PATH or /usr/local/cuda; None where there is none."""
-    return _remembered(_search_nvcc, "PATH", "CUDA_HOME", "CUDA_PATH")
-
-
-def why_no_nvcc() -> str:
-    """Return why `find_nvcc` finds none, in a few words."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := os.environ.get(variable):
-            return f"{variable} is {home!r}, whose bin/nvcc does not run (correct {variable} or unset it)"
-    return f"nvcc was not found (set CUDA_HOME, or for light kernels {_WITHOUT_NVCC})"
-
-
-def get_nvcc() -> Compiler:
-    """Return nvcc.
-
-    Raises:
-        BuildError: there is none, or $CUDA_HOME has none.
-    """
-    if compiler := find_nvcc():
-        return compiler
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = f"{home}/bin/nvcc does not run" if home else "it is neither on PATH nor in /usr/local/cuda/bin"
-    raise BuildError(
-        f"looking for nvcc, which compiles CUDA sources: {found}. "
-        "Install the CUDA toolkit (https://developer.nvidia.com/cuda-downloads, conda install cuda-nvcc) "
-        f"or set CUDA_HOME to the folder that has bin/nvcc. Light kernels do without it: {_WITHOUT_NVCC}."
-    )
-
-
-@functools.cache
-def cuda_home(nvcc: Compiler) -> Path:
-    """Return the folder of the CUDA toolkit that `nvcc` belongs to."""
-    # nvcc may be a script that starts another one; only nvcc itself knows where it lives.
-    answer = _output([*nvcc.command, "--dryrun", "-E", "-x", "cu", os.devnull])
-    found = re.search(r"^#\$ TOP=(.+)$", answer, re.MULTILINE)
-    return Path(found[1].strip()).resolve() if found else nvcc.path.resolve().parent.parent
-
-
-def cuda_library_folders(nvcc: Compiler) -> list[Path]:
-    """Return the folders of the CUDA toolkit that have libraries to link."""
-    home = cuda_home(nvcc)
-    folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
-    return [folder for folder in folders if folder.is_dir()]
-
-
-def find_ninja() -> Path | None:
-    """Return the ninja executable: on PATH, or beside this Python even where no venv is activated."""
-    beside = (str(Path(sys.executable).parent), sysconfig.get_path("scripts"))
-    found = shutil.which("ninja", path=os.pathsep.join((os.environ.get("PATH", os.defpath), *beside)))
-    return Path(found) if found else None
-
-
-def get_ninja() -> Path:
-    """Return the ninja executable.
-
-    Raises:
-        BuildError: there is none.
-    """
-    if ninja := find_ninja():
-        return ninja
-    raise BuildError(
-        "looking for ninja, which builds extensions with torch's headers: it is neither on PATH nor "
-        f"beside {sys.executable}. Install it: pip install ninja."
-    )
-
-
-def cuda_architectures() -> tuple[str, ...]:
-    """Return the GPU architectures to compile for, as in `('8.0', '9.0+PTX')`.
-
-    TORCH_CUDA_ARCH_LIST if it is set, else those of the devices, else 8.0 and 9.0+PTX.
-
-    Raises:
-        ConfigError: TORCH_CUDA_ARCH_LIST has an entry that is no architecture.
-    """
-    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    if not text or text == "native":
-        return _device_architectures() or _DEFAULT_ARCHITECTURES
-    architectures: dict[str, None] = {}
-    for entry in re.split(r"[;,\s]+", text.strip(";, ")):
-        for architecture in _GENERATIONS.get(entry, entry).split(";"):
-            if not _ARCHITECTURE.fullmatch(architecture):
-                raise ConfigError(
-                    f"reading TORCH_CUDA_ARCH_LIST: found {entry!r} in {text!r}; expected architectures "
-                    f"separated by semicolons or spaces, or one of {', '.join(_GENERATIONS)}, native. "
-                    "Write for instance TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX'."
-                )
-            architectures[architecture] = None
-    return tuple(architectures)
-
-
-def native_macros(cxx: Compiler, flags: Sequence[str]) -> str:
-    """Return a hash of what `-march=native` and the like among `flags` mean on this machine, or nothing."""
-    parts = [part for flag in flags for part in re.split(r",|(?<=options)=|(?<=Xcompiler)=", flag)]
-    native = tuple(part for part in parts if part.startswith("-m") and "native" in part)
-    if not native:
-        return ""
-    command = [*cxx.command, *native, "-dM", "-E", "-x", "c++", os.devnull]
-    return known(("native", cxx.version, native, _processor()), lambda: cache.digest(_output(command)))
-
-
-@functools.cache
-def _processor() -> str:
-    """Return what identifies the processor: its model and what it can do."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            first = file.read(8192).split("\n\n")[0]
-    except OSError:
-        return platform.processor()
-    # The clock's frequency changes from one look to the next.
-    return "\n".join(line for line in first.splitlines() if not line.startswith(("cpu MHz", "bogomips")))
-
-
-def gencode_flags(architectures: Sequence[str]) -> list[str]:
-    """Return nvcc's flags for `architectures`.
-
-    >>> gencode_flags(["9.0+PTX"])
-    ['-gencode=arch=compute_90,code=sm_90', '-gencode=arch=compute_90,code=compute_90']
-    """
-    flags = []
-    for architecture in architectures:
-        number = architecture.split("+")[0].replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if architecture.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
-def build_environment(temporary: Path | None = None) -> dict[str, str]:
-    """Return the environment that compilers run in; `temporary` is where they put what they throw away."""
-    return {
-        # So that __DATE__ does not make every build another one, unless the user says which date it is.
-        "SOURCE_DATE_EPOCH": "0",
-        **os.environ,
-        # Diagnostics are parsed: no translations, no typographic quotes.
-        "LC_ALL": "C",
-        **({"TMPDIR": str(temporary)} if temporary else {}),
-    }
-
-
-def _device_architectures() -> tuple[str, ...]:
-    import torch
-
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return ()
-    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return tuple(f"{major}.{minor}" for major, minor in sorted(capabilities))
-
-
-_memory: dict[tuple[object, ...], tuple[Compiler | None, object, float]] = {}
-
-
-def _remembered(search: Callable[[], Compiler | None], *variables: str) -> Compiler | None:
-    """Return what `search` finds; PATH is searched again where `variables` or the compiler changed."""
-    key = (search, *map(os.environ.get, variables))
-    compiler, stamp, when = _memory.get(key, (None, None, -_AGAIN_AFTER))
-    if compiler is None:
-        if time.monotonic() - when < _AGAIN_AFTER:
-            return None
-    elif _stamp(compiler.path) == stamp:
-        return compiler
-    compiler = search()
-    _memory[key] = (compiler, _stamp(compiler.path) if compiler else None, time.monotonic())
-    return compiler
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _search_cxx() -> Compiler | None:
-    if chosen := os.environ.get("CXX"):
-        try:
-            return _identify(tuple(shlex.split(chosen)))
-        except ValueError:  # quotes that do not close
-            return None
-    for name in ("g++", "clang++", "c++"):
-        if compiler := _identify((name,)):
-            return compiler
-    return None
-
-
-def _search_nvcc() -> Compiler | None:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := os.environ.get(variable):
-            return _identify((str(Path(home) / "bin" / "nvcc"),))
-    return _identify(("nvcc",)) or _identify(("/usr/local/cuda/bin/nvcc",))
-
-
-def _identify(command: tuple[str, ...]) -> Compiler | None:
-    """Return the compiler that `command` starts, or None where it does not run."""
-    if not command:
-        return None
-    launched = len(command) > 1 and Path(command[0]).name in LAUNCHERS
-    found = shutil.which(command[1] if launched else command[0])
-    if not found:
-        return None
-    real = os.path.realpath(found)
-    stat = os.stat(real)
-    return _probe(command, Path(found), real, (stat.st_size, stat.st_mtime_ns))
-
-
-@functools.cache
-def _probe(command: tuple[str, ...], path: Path, real: str, stamp: tuple[int, int]) -> Compiler | None:
-    # `stamp` is in the arguments so that a compiler replaced under a running process is asked anew.
-    # Where the compiler lies is no part of its version: a cache is shared by machines.
-    if text := _script(real):  # what it starts may change while it stays the same
-        version = _output([*command, "--version"]).strip()
-    else:
-        version = known(("version", command, real, stamp), lambda: _output([*command, "--version"]).strip())
-    flags = [word for word in command[1:] if word.startswith("-")]
-    return (
-        Compiler(path.absolute(), f"{version}\n{stamp[0]} bytes {text} {flags}", command) if version else None
-    )
-
-
-def _script(file: str) -> str:
-    """Return what tells a wrapper around a compiler from others, or nothing where it is a compiler itself."""
-    if os.path.basename(file) in LAUNCHERS:
-        return os.path.basename(file)
-    with open(file, "rb") as stream:
-        start = stream.read(2)
-        return cache.digest(stream.read()) if start == b"#!" else ""
-
-
-def known(question: tuple[object, ...], ask: Callable[[], str]) -> str:
-    """Return what a compiler says, or a file holds, from the cache, where an earlier process has left it.
-
-    Starting a compiler takes longer than finding a built kernel. An answer belongs to the size and the
-    time of what was asked, which are in the question; an empty one is not kept.
-    """
-    file, key = f"{cache.root()}/compilers.json", cache.digest(*question)
-    answers = _answers.setdefault(file, {})
-    if key not in answers:
-        answers.update(_written(file))
-    if key not in answers:
-        answer = ask()
-        if not answer:
-            return ""
-        answers[key] = answer
-        unique = f"{file}.{os.getpid()}"
-        with contextlib.suppress(OSError):  # no cache yet, read-only, full: the next process asks again
-            Path(unique).write_text(json.dumps({**_written(file), **answers}))
-            os.replace(unique, file)
-    return answers[key]
-
-
-_answers: dict[str, dict[str, str]] = {}  # of each cache folder, as far as they were needed
-
-
-def _written(file: str) -> dict[str, str]:
-    try:
-        with open(file, "rb") as stream:
-            found = json.loads(stream.read())
-    except (OSError, ValueError):
-        return {}
-    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
-
-
-def _output(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
+    if not re.fullmatch(r"[A-Za-z_][\w.-]*", added.name):
+        raise ConfigError(f"{doing}: its name is {added.name!r}; expected letters, digits, '_'. Rename it.")
+    # One text instead of a tuple gives its letters.
+    if not all(re.fullmatch(r"\.[\w.+]+", suffix) for suffix in added.suffixes):
+        raise ConfigError(
+            f"{doing}: {added.name} has the suffixes {added.suffixes!r}; expected a tuple of texts that begin "
+            "with a dot. Write suffixes=('.ext',)."
         )
-    except OSError:
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+    for other in _registered.values():
+        if other.name != added.name and (taken := set(other.suffixes) & set(added.suffixes)):
+            raise ConfigError(
+                f"{doing}: {added.name} wants the suffix {min(taken)!r}, which {other.name} has; expected "
+                "suffixes that no other toolchain has. Choose another suffix."
+            )
+    _registered[added.name] = added
+
+
+def unregister(name: str) -> None:
+    """Forget a toolchain."""
+    _registered.pop(name, None)
+
+
+def find(name: str) -> Toolchain | None:
+    """Return the toolchain called `name`; plugins are asked where none is known."""
+    if name not in _registered:
+        _sources.consult_for_kernels()
+    return _registered.get(name)
+
+
+def for_suffix(suffix: str) -> Toolchain | None:
+    """Return the toolchain that compiles files with `suffix`; plugins are asked where none is known."""
+    if suffix not in suffixes():
+        _sources.consult_for_kernels()
+    return next((known for known in _registered.values() if suffix in known.suffixes), None)
+
+
+def names() -> list[str]:
+    """Return the names of all toolchain."""
+    return sorted(_registered)
+
+
+def suffixes() -> list[str]:
+    """Return all suffixes that can be compiled."""
+    return [suffix for known in _registered.values() for suffix in known.suffixes]
+
+
+def names_host_compiler(flags: Iterable[str]) -> bool:
+    """Whether nvcc's `flags` say which C++ compiler it uses."""
+    return any(flag.startswith(("-ccbin", "--compiler-bindir")) for flag in flags)
+
+
+def _cxx_command(options: Options) -> list[str]:
+    standard = [] if _names_standard(options.cflags) else ["-std=c++20"]
+    flags = _for_compiler(options.compiler)
+    return [
+        *options.compiler.command,
+        *standard,
+        *options.folders,
+        *flags,
+        *options.defines,
+        *options.cflags,
+        *options.own_flags,
+    ]
+
+
+def _cuda_command(options: Options) -> list[str]:
+    # A comma separates options for the host compiler.
+    host = [*_for_compiler(options.cxx), *options.cflags]
+    forwarded = [word for flag in host for word in ("--compiler-options", flag.replace(",", "\\,"))]
+    return [
+        *options.compiler.command,
+        *([] if names_host_compiler(options.own_flags) else ["-ccbin", str(options.cxx.path)]),
+        *([] if _names_standard(options.own_flags) else ["-std=c++20"]),
+        *options.folders,
+        *_CUDA_FLAGS,
+        *options.defines,
+        *compilers.gencode_flags(options.architectures),
+        *forwarded,
+        *options.own_flags,
+    ]
+
+
+def _cuda_link_flags(nvcc: Compiler) -> list[str]:
+    folders = compilers.cuda_library_folders(nvcc)
+    return [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
+
+def _names_standard(flags: Iterable[str]) -> bool:
+    return any(flag.startswith(("-std", "--std")) for flag in flags)
+
+
+def _for_compiler(cxx: Compiler) -> list[str]:
+    lacks = _CLANG_LACKS if "clang" in cxx.version else ()
+    return [flag for flag in _CXX_FLAGS if flag not in lacks]
+
+
+CPP = Toolchain(
+    name="cpp",
+    suffixes=(".cpp", ".cc", ".cxx", ".c"),
+    find=lambda: compilers.find_cxx(),
+    why_none=lambda: compilers.why_no_cxx(),
+    command=_cxx_command,
+    flags=_CXX_FLAGS,
+)
+CUDA = Toolchain(
+    name="cuda",
+    suffixes=(".cu",),
+    find=lambda: compilers.find_nvcc(),
+    why_none=lambda: compilers.why_no_nvcc(),
+    command=_cuda_command,
+    flags=(*_CXX_FLAGS, *_CUDA_FLAGS),
+    architectures=compilers.cuda_architectures,
+    libraries=("libtorch_cuda.so",),
+    link_flags=_cuda_link_flags,
+    guard="DeviceGuard device_guard({tensor});",
+)
+register(CPP)
+register(CUDA)

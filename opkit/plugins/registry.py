@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from opkit._op import Op
     from opkit.cpp.light import Source
-    from opkit.cpp.toolchains import Toolchain
+    from opkit.cpp.toolchain import Toolchain
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -194,7 +194,7 @@ class Registry:
             ConfigError: another toolchain has one of its suffixes.
             RegistrationError: the plugin's function has returned.
         """
-        from opkit.cpp import toolchains
+        from opkit.cpp import toolchain as toolchains
 
         self._check_open(f"registering the toolchain {toolchain.name}")
         toolchains.register(toolchain)
@@ -207,7 +207,7 @@ class Registry:
     def take_back(self) -> None:
         """Remove the ops and toolchains that were registered, and forget the kernels."""
         from opkit import _registry
-        from opkit.cpp import toolchains
+        from opkit.cpp import toolchain as toolchains
 
         for name in self._toolchains:
             toolchains.unregister(name)

@@ -113,7 +113,7 @@ def tvm_ffi_is_here() -> bool:
 
 
 def bare(folder: Path) -> None:
-    from opkit.cpp.toolchains import CPP
+    from opkit.cpp.toolchain import CPP
 
     (folder / "k.cpp").write_text(BARE)
     command = ["g++", "-std=c++20", *CPP.flags, "-shared", "k.cpp", "-o", "k.so"]

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from opkit import cli
-from opkit.cpp import toolchain
+from opkit.cpp import compilers
 
-pytestmark = pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
 
 MODULE = '''
 import opkit
@@ -71,7 +71,7 @@ def test_build_skips_what_has_no_compiler_here(script, capsys, monkeypatch):
     text = MODULE.replace('backend="text")', 'backend="text")\nminus.register_kernel("cuda", '
                           'opkit.cpp.kernel("void minus() {}", cuda=True))')  # fmt: skip
     script.write_text(text)
-    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)
+    monkeypatch.setattr(compilers, "find_nvcc", lambda: None)
     monkeypatch.setattr("opkit.cpp._nvrtc.find", lambda: None)
     assert build("--import", "clibuild_ops.py") == 0
     assert "clibuild::minus [cuda] skipped: " in capsys.readouterr().err

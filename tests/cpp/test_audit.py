@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import opkit
-from opkit.cpp import _audit, toolchain
+from opkit.cpp import _audit, compilers
 
-pytestmark = pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
 
 LIBRARIES = Path(torch.__file__).parent / "lib"
 
@@ -21,7 +21,7 @@ def library(tmp_path: Path):
     def make(text: str, *flags: str) -> Path:
         source, target = tmp_path / "a.cpp", tmp_path / "a.so"
         source.write_text(text)
-        command = [*toolchain.get_cxx().command, "-shared", "-fPIC", str(source), "-o", str(target), *flags]
+        command = [*compilers.get_cxx().command, "-shared", "-fPIC", str(source), "-o", str(target), *flags]
         subprocess.run(command, check=True)
         return target
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from opkit import _config
-from opkit.cpp import _turn, cache, remote, tidy, toolchain  # noqa: F401  (imported before the forks)
+from opkit.cpp import _turn, cache, compilers, remote, tidy  # noqa: F401  (imported before the forks)
 from tests.cpp.cache_tools import exit_code, forked, temporaries, until
 
 BUILDERS = 4
 IN_TIME = 10.0  # seconds
 
-pytestmark = pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def library_of(value: int, header: Path) -> Path:
     def build(work):
         source, library = work.folder / "unit.cpp", work.folder / "unit.so"
         source.write_text(f'#include "{header}"\nextern "C" int answer() {{ return {value} + ADDED; }}\n')
-        command = [*toolchain.get_cxx().command, "-shared", "-fPIC", "-MMD", str(source), "-o", str(library)]
+        command = [*compilers.get_cxx().command, "-shared", "-fPIC", "-MMD", str(source), "-o", str(library)]
         environment = {**os.environ, "TMPDIR": str(work.folder)}
         done = subprocess.run(command, cwd=work.folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

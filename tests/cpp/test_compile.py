@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from opkit import _config
-from opkit.cpp import cache, compile, toolchain, toolchains
+from opkit.cpp import cache, compile, compilers, toolchain
 from opkit.cpp.compile import Job, Unit
 from opkit.errors import BuildError
 
-pytestmark = pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
 EXPORT = 'extern "C" __attribute__((visibility("default"))) '
-needs_nvcc = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def steps(monkeypatch):
 
 
 def shared_library(unit: str, *, cuda: bool = False, **kwargs) -> Path:
-    used = toolchains.CUDA if cuda else toolchains.CPP
+    used = toolchain.CUDA if cuda else toolchain.CPP
     return Job(units=(Unit(f"unit{used.suffixes[0]}", unit, used),), **kwargs).library()
 
 
@@ -192,8 +192,8 @@ def test_a_flag_that_the_compiler_does_not_know(capfd):
 
 def test_two_processes_at_once_give_one_library(cache_dir):
     code = (
-        "from opkit.cpp import compile, toolchains\n"
-        "unit = compile.Unit('unit.cpp', 'int f() { return 1; }', toolchains.CPP)\n"
+        "from opkit.cpp import compile, toolchain\n"
+        "unit = compile.Unit('unit.cpp', 'int f() { return 1; }', toolchain.CPP)\n"
         "print(compile.Job(label='f', units=(unit,)).library())"
     )
     environment = {**os.environ, "OPKIT_CACHE_DIR": str(cache_dir), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -271,7 +271,7 @@ def test_an_error_of_nvcc_is_on_the_users_line(tmp_path, monkeypatch):
 
 
 def test_stub_libraries_are_built_once(cache_dir):
-    cxx = toolchain.get_cxx()
+    cxx = compilers.get_cxx()
     folder = compile.stub_libraries(cxx, ("libtorch_cpu.so", "libtorch_cuda.so"))
     assert sorted(path.name for path in folder.glob("*.so")) == ["libtorch_cpu.so", "libtorch_cuda.so"]
     assert compile.stub_libraries(cxx, ("libtorch_cpu.so", "libtorch_cuda.so")) == folder
@@ -337,14 +337,14 @@ def test_a_compiler_that_crashes_is_an_error(tmp_path, monkeypatch):
 
 def test_several_units_are_one_library_and_each_error_is_found(tmp_path):
     units = [
-        Unit("one.cpp", "int one() { return 1; }", toolchains.CPP),
-        Unit("two.cpp", f"int one(); {EXPORT} int answer() {{ return one() + 1; }}", toolchains.CPP),
+        Unit("one.cpp", "int one() { return 1; }", toolchain.CPP),
+        Unit("two.cpp", f"int one(); {EXPORT} int answer() {{ return one() + 1; }}", toolchain.CPP),
     ]
     library = Job(label="f", units=tuple(units)).library()
     assert ctypes.CDLL(str(library)).answer() == 2
     assert sorted(path.suffix for path in library.parent.iterdir() if path.suffix in (".o", ".d")) == []
     with pytest.raises(BuildError, match=r"two\.cpp:1: .*'foo'"):
-        Job(label="f", units=(units[0], Unit("two.cpp", "int f() { return foo; }", toolchains.CPP))).library()
+        Job(label="f", units=(units[0], Unit("two.cpp", "int f() { return foo; }", toolchain.CPP))).library()
 
 
 def test_what_a_compiler_throws_away_is_in_the_builds_own_folder(tmp_path, monkeypatch):
@@ -353,20 +353,20 @@ def test_what_a_compiler_throws_away_is_in_the_builds_own_folder(tmp_path, monke
 
 
 def test_native_code_is_keyed_by_the_processor(monkeypatch):
-    unit = Unit("unit.cpp", "int f() { return 1; }", toolchains.CPP)
+    unit = Unit("unit.cpp", "int f() { return 1; }", toolchain.CPP)
     job = Job(label="f", units=(unit,), cflags=("-march=native",))
     here = job.key()
     assert job.key() == here
-    toolchain._processor.cache_clear()
-    monkeypatch.setattr(toolchain, "_processor", lambda: "another one")
-    monkeypatch.setattr(toolchain, "_output", lambda command: "#define __OTHER__ 1")
+    compilers._processor.cache_clear()
+    monkeypatch.setattr(compilers, "_processor", lambda: "another one")
+    monkeypatch.setattr(compilers, "_output", lambda command: "#define __OTHER__ 1")
     assert job.key() != here
 
 
 def test_the_users_home_and_the_compilers_folder_are_in_no_key(tmp_path, monkeypatch):
-    unit = Unit("unit.cpp", "int f() { return 1; }", toolchains.CPP)
+    unit = Unit("unit.cpp", "int f() { return 1; }", toolchain.CPP)
     before = Job(label="f", units=(unit,)).key()
-    real = toolchain.get_cxx().path.resolve()
+    real = compilers.get_cxx().path.resolve()
     (tmp_path / "g++").symlink_to(real)
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -376,7 +376,7 @@ def test_the_users_home_and_the_compilers_folder_are_in_no_key(tmp_path, monkeyp
 def test_compile_commands_are_those_of_the_users_files(tmp_path):
     source = tmp_path / "k.cpp"
     source.write_text("#include <opkit/kernel.h>\nint f() { return 1; }\n")
-    unit = Unit("unit.cpp", unit_of(source), toolchains.CPP)
+    unit = Unit("unit.cpp", unit_of(source), toolchain.CPP)
     (entry,) = Job(label="f", units=(unit,), cflags=("-DX=1",)).compile_commands()
     assert entry["file"] == str(source)
     assert "-DX=1" in entry["arguments"]
@@ -390,7 +390,7 @@ def test_verbose_shows_what_is_run(capfd):
 
 
 def key_of(text: str = "int f() { return 1; }", **kwargs) -> str:
-    return Job(label="f", units=(Unit("unit.cpp", text, toolchains.CPP),), **kwargs).key()
+    return Job(label="f", units=(Unit("unit.cpp", text, toolchain.CPP),), **kwargs).key()
 
 
 def test_flags_of_the_compilers_variable_are_part_of_the_key(monkeypatch):
@@ -411,9 +411,9 @@ def test_a_wrapper_that_starts_another_compiler_is_another_one(tmp_path, monkeyp
     for version in (1, 2):
         real.write_text(f"#!/bin/sh\necho g++ {version}\n")
         real.chmod(0o755)
-        toolchain._probe.cache_clear()  # as in another process
-        toolchain._memory.clear()
-        toolchain._answers.clear()
+        compilers._probe.cache_clear()  # as in another process
+        compilers._memory.clear()
+        compilers._answers.clear()
         keys.append(key_of())
     assert keys[0] != keys[1]
 
@@ -432,7 +432,7 @@ def test_a_file_that_a_flag_names_is_part_of_the_key(tmp_path, flag):
     "flag", ["-march=native", "-Xcompiler=-march=native", "--compiler-options=-fPIC,-march=native"]
 )
 def test_native_code_is_seen_wherever_the_flag_stands(flag):
-    assert toolchain.native_macros(toolchain.get_cxx(), [flag])
+    assert compilers.native_macros(compilers.get_cxx(), [flag])
 
 
 def test_a_folder_with_a_backslash_or_parentheses(tmp_path, steps):

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from opkit import _config
-from opkit.cpp import _aten, _jobs, extension, toolchain
+from opkit.cpp import _aten, _jobs, compilers, extension
 from opkit.cpp._progress import Progress
 from opkit.cpp.extension import load_inline
 from opkit.errors import BuildError, ConfigError
 
 pytestmark = pytest.mark.skipif(
-    toolchain.find_cxx() is None or toolchain.find_ninja() is None, reason="needs a C++ compiler and ninja"
+    compilers.find_cxx() is None or compilers.find_ninja() is None, reason="needs a C++ compiler and ninja"
 )
-needs_nvcc = pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
 
 # Sources without torch's headers are quick to build; this file is about those that have them.
 load = functools.partial(extension.load, tier="aten")
@@ -310,8 +310,8 @@ def test_max_jobs_must_be_a_number(monkeypatch, source):
 
 def test_cuda_of_another_major_version_than_torchs_is_refused(monkeypatch, tmp_path):
     (tmp_path / "k.cu").write_text("")
-    nvcc = toolchain.Compiler(tmp_path / "nvcc", "Cuda compilation tools, release 12.8, V12.8.61", ("nvcc",))
-    monkeypatch.setattr(toolchain, "get_nvcc", lambda: nvcc)
+    nvcc = compilers.Compiler(tmp_path / "nvcc", "Cuda compilation tools, release 12.8, V12.8.61", ("nvcc",))
+    monkeypatch.setattr(compilers, "get_nvcc", lambda: nvcc)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(
         BuildError,
@@ -353,7 +353,7 @@ def test_compile_commands_name_each_source_once(source, tmp_path):
     first, second = job.compile_commands()
     assert [first["file"], second["file"]] == [str(source), str(other)]
     for entry in (first, second):
-        assert entry["arguments"][0] == toolchain.get_cxx().command[0]
+        assert entry["arguments"][0] == compilers.get_cxx().command[0]
         assert {"-DMINE=1", "-std=c++20", entry["file"]} <= set(entry["arguments"])
         command = [*entry["arguments"], "-fsyntax-only"]
         assert subprocess.run(command, cwd=entry["directory"]).returncode == 0

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import opkit
-from opkit.cpp import toolchain
+from opkit.cpp import compilers
 
 pytestmark = [
     pytest.mark.usefixtures("registry"),
-    pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler"),
 ]
 
 INCLUDE = Path(opkit.__file__).parent / "cpp" / "include"
@@ -162,7 +162,7 @@ def test_complex_computes_as_torch(dtype):
     torch.testing.assert_close(op(a, b), torch.stack([a + b.conj(), a - b, a * b, a / b]))
 
 
-@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
 def test_header_compiles_for_cuda(tmp_path):
     """Every type in device code, views and vectors as arguments of a kernel."""
     source = tmp_path / "all.cu"
@@ -187,7 +187,7 @@ void all(Tensor x, Tensor y) {
   y.set_size(0, 1);
 }
 """)
-    nvcc = toolchain.get_nvcc()
+    nvcc = compilers.get_nvcc()
     command = [*nvcc.command, "-std=c++20", "--expt-relaxed-constexpr", "-arch=sm_90", f"-I{INCLUDE}", "-ptx"]
     run = subprocess.run(
         [*command, str(source), "-o", str(tmp_path / "all.ptx")], capture_output=True, text=True, check=False

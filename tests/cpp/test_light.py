@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import opkit
-from opkit.cpp import _native, toolchain
+from opkit.cpp import _native, compilers
 from opkit.cpp._glue import signature
 
 pytestmark = [
     pytest.mark.usefixtures("registry"),
-    pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler"),
 ]
 
 INCLUDE = Path(opkit.__file__).parent / "cpp" / "include"
@@ -272,7 +272,7 @@ def test_error_in_a_header_is_shown_on_the_line_of_the_python_file(tmp_path):
     )
 
 
-@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
 def test_error_in_inline_cuda_source_is_on_the_line_of_the_python_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     with pytest.raises(opkit.BuildError) as caught:
@@ -313,7 +313,7 @@ def test_inline_source_that_is_written_twice_is_placed_at_the_call(tmp_path):
 
 
 @pytest.mark.parametrize("options", ["", pytest.param(", cuda=True", marks=pytest.mark.skipif(
-    toolchain.find_nvcc() is None, reason="needs nvcc"))], ids=["cpp", "cuda"])  # fmt: skip
+    compilers.find_nvcc() is None, reason="needs nvcc"))], ids=["cpp", "cuda"])  # fmt: skip
 def test_inline_source_that_moves_is_not_built_again(tmp_path, monkeypatch, options):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     libraries = set()
@@ -327,7 +327,7 @@ def test_inline_source_that_moves_is_not_built_again(tmp_path, monkeypatch, opti
     assert str(tmp_path).encode() not in libraries.pop().read_bytes()
 
 
-@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
 def test_inline_cuda_source_of_every_architecture_is_part_of_the_key(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")  # preprocessing alone sees the first
     libraries = set()
@@ -390,7 +390,7 @@ def test_one_include_folder_outside_a_list_is_refused(folder):
     ],
 )  # fmt: skip
 def test_wrong_variable_is_why_a_source_is_unavailable(monkeypatch, cuda, variable, reason):
-    if cuda and variable == "CXX" and toolchain.find_nvcc() is None:
+    if cuda and variable == "CXX" and compilers.find_nvcc() is None:
         pytest.skip("needs nvcc")
     monkeypatch.setattr("opkit.cpp._nvrtc.find", lambda: None)
     for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
@@ -405,7 +405,7 @@ def test_machine_without_compilers_is_why_a_source_is_unavailable(monkeypatch, t
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert kernel("void f();").unavailable() == "no C++ compiler was found (install g++ or set CXX)"
-    monkeypatch.setattr(toolchain, "find_nvcc", lambda: None)  # there may be one in /usr/local/cuda
+    monkeypatch.setattr(compilers, "find_nvcc", lambda: None)  # there may be one in /usr/local/cuda
     monkeypatch.setattr("opkit.cpp._nvrtc.find", lambda: None)
     assert kernel("void f();", cuda=True).unavailable() == (
         "nvcc was not found (set CUDA_HOME, or for light kernels pip install nvidia-cuda-nvrtc nvidia-cuda-runtime)"
@@ -611,7 +611,7 @@ def syntax_only(source: Path, *folders: Path) -> subprocess.CompletedProcess[str
     """Check a unit against torch's headers."""
     flags = [f"-I{folder}" for folder in (*folders, Path(torch.__file__).parent / "include", INCLUDE)]
     command = [
-        *toolchain.find_cxx().command,
+        *compilers.find_cxx().command,
         "-fsyntax-only",
         "-std=c++20",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -688,7 +688,7 @@ def test_calls_do_not_leak():
 # ---------------------------------------------------------------- CUDA
 
 
-@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
 def test_cuda_unit_compiles_without_a_device():
     @opkit.op("t::f", shapes="n -> n")
     def f(x: Tensor, k: float) -> Tensor: ...

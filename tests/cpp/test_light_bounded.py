@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import opkit
-from opkit.cpp import toolchain
+from opkit.cpp import compilers
 
 pytestmark = [
     pytest.mark.usefixtures("registry"),
-    pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler"),
 ]
 
 SELECT = """

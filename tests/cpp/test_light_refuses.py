@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import opkit
-from opkit.cpp import _glue, toolchain
+from opkit.cpp import _glue, compilers
 from opkit.errors import BuildError
 
-pytestmark = pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
 
 
 def light(name: str, line: str, signature, source: str, **kwargs) -> opkit.Op:
@@ -188,7 +188,7 @@ int32_t aoti_torch_delete_cuda_guard(void*) { return 0; }
 """
 
 
-@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: the tests on a device show it")
 def test_a_cuda_library_loads_and_registers_without_a_device(registry, tmp_path, monkeypatch):
     from opkit_kernels import vector_add

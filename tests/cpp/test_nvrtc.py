@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import opkit
-from opkit.cpp import _cuda_split, _nvrtc, diagnostics, nvrtc, toolchain
-from opkit.cpp.toolchains import Options
+from opkit.cpp import _cuda_split, _nvrtc, compilers, diagnostics, nvrtc
+from opkit.cpp.toolchain import Options
 
 ROOT = Path(opkit.__file__).parents[1]
 INCLUDE = ROOT / "opkit" / "cpp" / "include"
@@ -31,7 +31,7 @@ def build(unit: str, folder: Path, *, sources=(), architectures=("8.0",), own=QU
 
     folder.mkdir(exist_ok=True)
     (folder / "unit.cu").write_text(unit)
-    cxx = toolchain.get_cxx()
+    cxx = compilers.get_cxx()
     options = Options(
         compiler=nvrtc.TOOLCHAIN.find(),
         cxx=cxx,
@@ -466,7 +466,7 @@ extern "C" void round(const float* x, unsigned short* y, int n) {
 """
 
 
-@pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
 def test_halves_convert_as_torchs_where_cuda_s_header_cannot_be_used(tmp_path):
     flags = [
         "-D__host__=",
@@ -479,7 +479,7 @@ def test_halves_convert_as_torchs_where_cuda_s_header_cannot_be_used(tmp_path):
         "-",
     ]
     library = tmp_path / "halves.so"
-    subprocess.run([*toolchain.get_cxx().command, *flags, "-o", library], input=HALVES, text=True, check=True)
+    subprocess.run([*compilers.get_cxx().command, *flags, "-o", library], input=HALVES, text=True, check=True)
     call = ctypes.CDLL(str(library))
     halves = torch.arange(65536).to(torch.uint16).view(torch.float16)
     floats = torch.empty(65536)
@@ -604,7 +604,7 @@ call(1, device=4, capability=75); call(2, device=0); call(3); call(4); call(5); 
 @needs_nvrtc
 def test_launches_reach_the_driver_with_the_image_for_the_device(tmp_path):
     """With libraries in place of CUDA's that write down how they are called."""
-    cxx, found = toolchain.get_cxx(), _nvrtc.find()
+    cxx, found = compilers.get_cxx(), _nvrtc.find()
     library = build(LAUNCHES, tmp_path, architectures=("8.0", "9.0+PTX"))
     paths = []
     for name, define in ((f"libcudart.so.{found.major}", "-DRUNTIME"), ("libcuda.so.1", "-DDRIVER")):

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from opkit import _torch_build
-from opkit.cpp import _pch, cache, toolchain
+from opkit.cpp import _pch, cache, compilers
 from opkit.cpp._aten import Job
 from opkit.cpp.extension import build, load_inline
 from opkit.errors import BuildError
 
 pytestmark = pytest.mark.skipif(
-    toolchain.find_ninja() is None or toolchain.find_cxx() is None or not _pch._is_gcc(toolchain.get_cxx()),
+    compilers.find_ninja() is None or compilers.find_cxx() is None or not _pch._is_gcc(compilers.get_cxx()),
     reason="needs gcc and ninja",
 )
 
@@ -43,7 +43,7 @@ def is_used(source=SOURCE, **options):
         job._write_build_file(work.folder, work.folder)
         _torch_build.search_first(work.folder / "build.ninja", work.folder / "headers")
         job._place_headers(work.folder, job._ways()[0])
-        done = subprocess.run([str(toolchain.get_ninja())], cwd=work.folder, capture_output=True, text=True)
+        done = subprocess.run([str(compilers.get_ninja())], cwd=work.folder, capture_output=True, text=True)
         assert done.returncode == 0 or "#error plain" in done.stdout, done.stdout
         assert "#error empty" not in done.stdout
         return done.returncode == 0
@@ -124,10 +124,10 @@ def test_a_folder_with_a_header_of_the_same_name_acts(tmp_path):
 
 
 def test_a_compiler_behind_a_launcher_and_another_than_gcc_do_without(monkeypatch):
-    gcc = toolchain.get_cxx()
+    gcc = compilers.get_cxx()
     assert _pch._is_gcc(gcc)
-    assert not _pch._is_gcc(toolchain.Compiler(gcc.path, gcc.version, ("ccache", "g++")))
-    assert not _pch._is_gcc(toolchain.Compiler(gcc.path, "clang version 18.1.3", ("clang++",)))
+    assert not _pch._is_gcc(compilers.Compiler(gcc.path, gcc.version, ("ccache", "g++")))
+    assert not _pch._is_gcc(compilers.Compiler(gcc.path, "clang version 18.1.3", ("clang++",)))
 
 
 def test_the_first_header_of_a_source():

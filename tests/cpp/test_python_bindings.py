@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from opkit import _config
-from opkit.cpp import _aten, _bindings, _pch, toolchain
+from opkit.cpp import _aten, _bindings, _pch, compilers
 from opkit.cpp.extension import load_inline
 from opkit.errors import BuildError
 
 pytestmark = pytest.mark.skipif(
-    toolchain.find_cxx() is None or toolchain.find_ninja() is None, reason="needs a C++ compiler and ninja"
+    compilers.find_cxx() is None or compilers.find_ninja() is None, reason="needs a C++ compiler and ninja"
 )
 
 SOURCE = """

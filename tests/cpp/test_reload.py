@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import opkit
-from opkit.cpp import toolchain
+from opkit.cpp import compilers
 from opkit.errors import BuildError
 
-pytestmark = pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
 
 ADD = """
 #include <opkit/kernel.h>

@@ -19,12 +19,12 @@ import torch
 from setuptools import Distribution
 
 import opkit
-from opkit.cpp import toolchain
+from opkit.cpp import compilers
 from opkit.cpp.setuptools import Extension, kernels
 
 pytestmark = [
     pytest.mark.usefixtures("registry"),
-    pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler"),
 ]
 
 ROOT = Path(opkit.__file__).parent.parent
@@ -135,7 +135,7 @@ def device_code(library: bytes) -> set[tuple[str, int]]:
     return found
 
 
-@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
 def test_wheel_has_device_code_for_the_default_architectures(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (name,) = [n for n in archive.namelist() if re.search(r"scan-linear-cuda-\w+\.so$", n)]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import opkit
-from opkit.cpp import tier, toolchain
+from opkit.cpp import compilers, tier
 from opkit.errors import BuildError, OutputError
 
-pytestmark = pytest.mark.skipif(toolchain.find_cxx() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
 
 STABLE = """
 #include <torch/csrc/stable/library.h>
@@ -187,7 +187,7 @@ torch::stable::Tensor scaled(const torch::stable::Tensor& x, double by) {
 """
 
 
-@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
 def test_a_stable_cuda_kernel_compiles_and_links_without_a_gpu(registry, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
 

@@ -1,190 +1,181 @@
 from __future__ import annotations
 
-import stat
-from pathlib import Path
+import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
-from opkit.cpp import toolchain
+import opkit
+from opkit.cpp import compilers, toolchain
 from opkit.errors import BuildError, ConfigError
+
+pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
+
+KERNEL = """
+#include <opkit/kernel.h>
+void shifted(opkit::Tensor x, opkit::Tensor y, opkit::Tensor seen) {
+  for (int64_t i = 0; i < x.numel(); ++i) y.data<float>()[i] = x.data<float>()[i] + SHIFT;
+  seen.data<int64_t>()[0] = shift_lang::current_stream();
+  seen.data<int64_t>()[1] = shift_lang::guarded;
+}
+"""
+HEADER = """
+#pragma once
+namespace shift_lang {
+inline int guarded = 0;
+inline int current_stream() { return 7; }
+struct Guard {
+  explicit Guard(const opkit::Tensor& x) { guarded = 1 + x.device().type; }
+  ~Guard() { guarded = 0; }
+};
+}
+"""
+
+
+class Shifted(NamedTuple):
+    y: Tensor
+    seen: Tensor
+
+
+def made_up(folder, **changes) -> toolchain.Toolchain:
+    """A language of files in `.shift`: C++ with a device of its own."""
+    (folder / "shift_lang.h").write_text(HEADER)
+    made = toolchain.Toolchain(
+        name="shift",
+        suffixes=(".shift",),
+        find=compilers.find_cxx,
+        why_none=lambda: "the shift compiler was not found (install shift)",
+        command=lambda o: [
+            *o.compiler.command,
+            "-x",
+            "c++",
+            "-std=c++20",
+            "-fPIC",
+            *o.folders,
+            f"-I{folder}",
+            *o.cflags,
+        ],
+        flags=("-fPIC",),
+        abi="shift-1",
+        prelude='#include <opkit/kernel.h>\n#include "shift_lang.h"',
+        guard="shift_lang::Guard guard({tensor});",
+    )
+    return dataclasses.replace(made, **changes)
 
 
 @pytest.fixture
-def bare(monkeypatch, tmp_path):
-    """A machine without compilers."""
-    for variable in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return tmp_path
+def shift(tmp_path):
+    made = made_up(tmp_path)
+    toolchain.register(made)
+    yield made
+    toolchain.unregister("shift")
 
 
-def script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
+@pytest.fixture
+def shifted(registry):
+    @opkit.op("t::shifted", shapes="n -> n, 2:int64")
+    def shifted(x: Tensor) -> Shifted:
+        return Shifted(x + 1, torch.tensor([0, 0]))
+
+    return shifted
 
 
-def test_get_cxx_without_a_compiler_says_what_was_looked_for(bare):
-    assert toolchain.find_cxx() is None
-    with pytest.raises(BuildError, match=r"\$CXX, g\+\+, clang\+\+ and c\+\+ is on PATH.*apt install g\+\+"):
-        toolchain.get_cxx()
+def test_a_third_toolchain_compiles_kernels_with_its_guard_and_stream(shift, shifted, tmp_path):
+    source = tmp_path / "k.shift"
+    source.write_text(KERNEL)
+    shifted.register_kernel("cpu", opkit.cpp.kernel(source, extra_cflags=["-DSHIFT=3"]))
+    assert shifted.explain(torch.ones(2)).selected == "shift"
+    y, seen = shifted(torch.ones(2))
+    assert (y.tolist(), seen.tolist()) == ([4.0, 4.0], [7, 1])
 
 
-def test_get_cxx_with_a_wrong_cxx_does_not_fall_back(bare, monkeypatch):
-    script(bare / "g++", "echo version")
-    monkeypatch.setenv("CXX", "no-such-compiler -m64")
-    assert toolchain.find_cxx() is None
+def test_source_text_names_its_toolchain(shift, shifted):
+    kernel = opkit.cpp.kernel(KERNEL, toolchain="shift", extra_cflags=["-DSHIFT=5"])
+    shifted.register_kernel("cpu", kernel)
+    assert shifted(torch.ones(1)).y.item() == 6.0
+
+
+def test_a_plugin_registers_a_toolchain(monkeypatch, shifted, tmp_path):
+    from opkit.plugins.registry import Registry
+
+    source = tmp_path / "k.shift"
+    source.write_text(KERNEL)
+    with pytest.raises(BuildError, match=r"has the suffix '.shift'; expected one of .cpp, .*\.cu\. Name"):
+        opkit.cpp.kernel(source)
+
+    def ask():
+        Registry("opkit-shift 1.0").register_toolchain(made_up(tmp_path))
+
+    monkeypatch.setattr(toolchain._sources, "_kernels", [ask])
+    monkeypatch.setattr(toolchain._sources, "_ops", [])
+    try:
+        assert opkit.cpp.kernel(source).backend == "shift"
+    finally:
+        toolchain.unregister("shift")
+
+
+def test_a_plugin_that_fails_takes_its_toolchain_with_it(tmp_path):
+    from opkit.plugins.registry import Registry
+
+    registry = Registry("opkit-shift 1.0")
+    registry.register_toolchain(made_up(tmp_path))
+    registry.take_back()
+    assert "shift" not in toolchain.names()
+
+
+def test_the_abi_and_the_flags_are_part_of_the_key(shift, shifted, tmp_path):
+    def key(**changes):
+        toolchain.register(made_up(tmp_path, **changes))
+        source = opkit.cpp.kernel(KERNEL, toolchain="shift")
+        return source.job(shifted.schema, shifted._runner.native_plan, "shift").key()
+
+    keys = {key(), key(abi="shift-2"), key(flags=("-fPIC", "-O1")), key(architectures=lambda: ("gen9",))}
+    assert len(keys) == 4
+    assert key() in keys
+
+
+def test_a_toolchain_without_its_compiler_says_so(shifted, tmp_path):
+    toolchain.register(made_up(tmp_path, find=lambda: None))
+    try:
+        shifted.register_kernel("cpu", opkit.cpp.kernel(KERNEL, toolchain="shift"))
+        candidate = shifted.explain(torch.ones(1)).candidates[0]
+        assert (candidate.status, candidate.reason) == (
+            "rejected", "the shift compiler was not found (install shift)",
+        )  # fmt: skip
+        with pytest.raises(BuildError, match=(
+            r"building t::shifted \[shift\]: the toolchain shift has no compiler here: the shift compiler was not "
+            r"found \(install shift\)\. Expected one that compiles \.shift\. Install it, or register another kernel"
+        )):  # fmt: skip
+            shifted.build("shift")
+    finally:
+        toolchain.unregister("shift")
+
+
+def test_an_unknown_toolchain_lists_the_known_ones():
     with pytest.raises(
-        BuildError, match="CXX is 'no-such-compiler -m64', which does not run.*correct CXX or unset"
+        BuildError, match=r"found toolchain='cdua'; expected one of cpp, cuda\. Did you mean 'cuda'\?"
     ):
-        toolchain.get_cxx()
-
-
-def test_find_cxx_prefers_cxx_over_path(bare, monkeypatch):
-    script(bare / "g++", "echo the one on PATH")
-    other = script(bare / "other" / "mycxx", "echo mine 1.2")
-    assert "the one on PATH" in toolchain.get_cxx().version
-    monkeypatch.setenv("CXX", str(other))
-    compiler = toolchain.get_cxx()
-    assert compiler.path == other
-    assert "mine 1.2" in compiler.version
-    assert str(other) not in compiler.version  # or a cache would not be shared by machines
-
-
-def test_find_cxx_takes_clang_where_there_is_no_gcc(bare):
-    script(bare / "clang++", "echo clang")
-    assert toolchain.get_cxx().path == bare / "clang++"
-
-
-def test_find_cxx_with_a_launcher_names_the_compiler_behind_it(bare, monkeypatch):
-    script(bare / "ccache", "echo gcc behind ccache")
-    script(bare / "g++", "echo gcc")
-    monkeypatch.setenv("CXX", "ccache g++")
-    compiler = toolchain.get_cxx()
-    assert compiler.path == bare / "g++"
-    assert compiler.command == ("ccache", "g++")
-
-
-def test_a_replaced_compiler_is_another_one(bare):
-    script(bare / "g++", "echo one")
-    before = toolchain.get_cxx()
-    script(bare / "g++", "echo twenty-two")
-    assert before.version != toolchain.get_cxx().version
-
-
-def test_get_cxx_with_quotes_that_do_not_close(bare, monkeypatch):
-    monkeypatch.setenv("CXX", "g++ 'x")
-    with pytest.raises(BuildError, match="which does not run"):
-        toolchain.get_cxx()
+        opkit.cpp.kernel("void f();\n", toolchain="cdua")
 
 
 @pytest.mark.parametrize(
-    ("find", "name", "variable"), [("find_cxx", "g++", "CXX"), ("find_nvcc", "nvcc", "CUDA_HOME")]
-)
-def test_path_is_searched_once_until_the_environment_changes(bare, monkeypatch, find, name, variable):
-    searches = []
-    which = toolchain.shutil.which
-    monkeypatch.setattr(toolchain.shutil, "which", lambda word: searches.append(word) or which(word))
-    find = getattr(toolchain, find)
-    script(bare / name, "echo one")
-    assert find().path == bare / name
-    assert find() is find()
-    assert len(searches) == 1
-    other = script(bare / "home" / "bin" / "nvcc", "echo other")
-    monkeypatch.setenv(variable, str(other if variable == "CXX" else bare / "home"))
-    assert find().path == other
-    monkeypatch.delenv(variable)
-    assert find().path == bare / name
-    assert len(searches) == 2
-    second = script(bare / "second" / name, "echo second")
-    monkeypatch.setenv("PATH", str(bare / "second"))
-    assert find().path == second
-    second.unlink()
-    monkeypatch.setattr(toolchain, "_identify", lambda command: None)  # whatever /usr/local/cuda has
-    assert find() is None
-
-
-def test_compiler_that_was_not_there_is_looked_for_again_after_a_while(bare, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(toolchain.time, "monotonic", lambda: now[0])
-    assert toolchain.find_cxx() is None
-    script(bare / "g++", "echo one")
-    assert toolchain.find_cxx() is None
-    now[0] += 1.1
-    assert toolchain.find_cxx().path == bare / "g++"
-
-
-def test_get_nvcc_without_one_says_what_to_install(bare, monkeypatch):
-    monkeypatch.setenv("CUDA_HOME", str(bare))
-    with pytest.raises(BuildError, match=r"bin/nvcc does not run.*Install the CUDA toolkit.*set CUDA_HOME"):
-        toolchain.get_nvcc()
-
-
-def test_find_nvcc_prefers_cuda_home(bare, monkeypatch):
-    mine = script(bare / "cuda" / "bin" / "nvcc", "echo my nvcc")
-    script(bare / "nvcc", "echo other nvcc")
-    monkeypatch.setenv("CUDA_HOME", str(bare / "cuda"))
-    nvcc = toolchain.get_nvcc()
-    assert nvcc.path == mine
-    assert toolchain.cuda_home(nvcc) == bare / "cuda"
-
-
-@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="needs nvcc")
-def test_cuda_home_has_the_runtime_library():
-    nvcc = toolchain.get_nvcc()
-    assert (toolchain.cuda_home(nvcc) / "bin" / "nvcc").exists()
-    assert any((folder / "libcudart_static.a").exists() for folder in toolchain.cuda_library_folders(nvcc))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
+    ("changes", "text"),
     [
-        ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
-        ("8.0 9.0+PTX", ("8.0", "9.0+PTX")),
-        (" 9.0a ;", ("9.0a",)),
-        ("Ampere", ("8.0", "8.6+PTX")),
-        ("8.0;8.0", ("8.0",)),
+        ({"name": "no name"}, "its name is 'no name'; expected letters"),
+        ({"suffixes": ".cpp"}, r"has the suffixes '\.cpp'; expected a tuple of texts that begin with a dot"),
+        ({"suffixes": ("cpp",)}, r"has the suffixes \('cpp',\); expected a tuple"),
+        ({"suffixes": (".cu",)}, r"wants the suffix '\.cu', which cuda has; expected suffixes that no other"),
     ],
 )
-def test_cuda_architectures_reads_torchs_variable(monkeypatch, text, expected):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
-    assert toolchain.cuda_architectures() == expected
+def test_a_toolchain_that_does_not_fit_is_refused(tmp_path, changes, text):
+    with pytest.raises(ConfigError, match=f"registering a toolchain: .*{text}"):
+        toolchain.register(made_up(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("text", ["sm_90", "9", "8.0;banana"])
-def test_cuda_architectures_refuses_what_is_none(monkeypatch, text):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+def test_what_is_no_toolchain_is_refused():
     with pytest.raises(
-        ConfigError, match=r"TORCH_CUDA_ARCH_LIST: found .*TORCH_CUDA_ARCH_LIST='8.0;9.0\+PTX'"
+        ConfigError, match=r"registering a toolchain: found 'gcc'; expected an opkit\.cpp\.Toolchain"
     ):
-        toolchain.cuda_architectures()
-
-
-def test_cuda_architectures_asks_the_devices_then_takes_the_default(monkeypatch):
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert toolchain.cuda_architectures() == ("8.0", "9.0+PTX")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (8, 6), (9, 0)][i])
-    assert toolchain.cuda_architectures() == ("8.6", "9.0")
-
-
-def test_gencode_flags_add_ptx_where_it_is_asked_for():
-    assert toolchain.gencode_flags(["8.0", "12.0a+PTX"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_120a,code=sm_120a",
-        "-gencode=arch=compute_120a,code=compute_120a",
-    ]
-
-
-def test_get_ninja_without_one_says_what_to_install(bare, monkeypatch):
-    monkeypatch.setattr(toolchain.sys, "executable", str(bare / "python"))
-    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(bare))
-    with pytest.raises(BuildError, match="pip install ninja"):
-        toolchain.get_ninja()
-    script(bare / "ninja", "true")
-    assert toolchain.get_ninja() == bare / "ninja"
+        opkit.cpp.register_toolchain("gcc")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import opkit
-from opkit.cpp import toolchain
+from opkit.cpp import compilers
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -193,7 +193,7 @@ def test_kernel_for_another_device_is_no_candidate(op):
 
 def test_native_kernel_without_a_compiler_is_rejected_with_the_reason(op, monkeypatch):
     op.register_kernel("cpu", opkit.cpp.kernel("void f();\n"))
-    monkeypatch.setattr(toolchain, "find_cxx", lambda: None)
+    monkeypatch.setattr(compilers, "find_cxx", lambda: None)
     assert op.explain(T).candidates[0].reason == "no C++ compiler was found (install g++ or set CXX)"
     assert op.kernels[0].status == "rejected"
     with pytest.warns(UserWarning, match="cpp: no C.. compiler was found"):

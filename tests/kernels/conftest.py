@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import opkit
-from opkit.cpp import toolchain
+from opkit.cpp import compilers
 
 
 @pytest.fixture(params=["reference", "cpp", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -37,6 +37,6 @@ def missing_for(backend: str) -> str | None:
         return "no C++ compiler: g++ was not found"
     if backend == "cuda" and not torch.cuda.is_available():
         return "no CUDA device: torch.cuda.is_available() is false"
-    if backend == "cuda" and toolchain.find_nvcc() is None:
+    if backend == "cuda" and compilers.find_nvcc() is None:
         return "no CUDA compiler: nvcc was not found"
     return None

@@ -13,7 +13,7 @@ import pytest
 
 import opkit
 import opkit_kernels
-from opkit.cpp import toolchains
+from opkit.cpp import toolchain
 from opkit.transforms.formula import NoFormula
 
 SOURCES = sorted(Path(opkit_kernels.__file__).parent.glob("*/*.cu"))
@@ -57,7 +57,7 @@ def test_cuda_source_compiles_without_a_warning(source, tmp_path):
     command = [
         nvcc,
         "-std=c++20",
-        *toolchains._CUDA_FLAGS,
+        *toolchain._CUDA_FLAGS,
         *arches,
         *includes,
         "-Xcompiler=-Wall,-Wextra",
