@@ -354,7 +354,10 @@ def test_compile_commands_name_each_source_once(source, tmp_path):
     assert [first["file"], second["file"]] == [str(source), str(other)]
     for entry in (first, second):
         assert entry["arguments"][0] == compilers.get_cxx().command[0]
-        assert {"-DMINE=1", "-std=c++20", entry["file"]} <= set(entry["arguments"])
+        assert {"-DMINE=1", entry["file"]} <= set(entry["arguments"])
+        assert [
+            flag for flag in entry["arguments"] if flag.startswith("-std=c++")
+        ]  # which one is torch's choice
         command = [*entry["arguments"], "-fsyntax-only"]
         assert subprocess.run(command, cwd=entry["directory"]).returncode == 0
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [

@@ -4,13 +4,16 @@ import contextlib
 import gc
 import inspect
 import re
+import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 
 from opkit import _config
-from opkit.cpp import _aten, _bindings, _pch, compilers
+from opkit.cpp import _aten, _bindings, _pch, compile, compilers
 from opkit.cpp.extension import load_inline
 from opkit.errors import BuildError
 
@@ -358,3 +361,14 @@ def test_a_type_without_a_caster_gets_pybind11(monkeypatch, tmp_path):
     _config.refresh()
     text = "std::map<std::string, int64_t> f(std::map<std::string, int64_t> x) { return x; }"
     assert load_inline("mapped", text, functions=["f"], extra_cflags=["-O0"]).f({"a": 1}) == {"a": 1}
+
+
+@pytest.mark.slow
+def test_the_header_is_cpp17_as_torch_2_11_compiles():
+    folder = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++17", "-fsyntax-only", "-x", "c++", f"-I{compile.INCLUDE}", f"-isystem{folder}"]
+    flags += [f"-isystem{folder}/torch/csrc/api/include", f"-isystem{sysconfig.get_path('include')}"]
+    command = [*compilers.get_cxx().command, *flags, "-"]
+    done = subprocess.run(command, input="#include <opkit/python.h>\n", capture_output=True, text=True)
+    own = [line for line in done.stderr.splitlines() if "opkit/python.h" in line and "error" in line]
+    assert own == []

@@ -129,6 +129,10 @@ inline PyObject* items_of(PyObject* from) {
   return fits ? PySequence_Fast(from, "expected items") : nullptr;
 }
 
+// std::remove_cvref_t, which C++17 lacks: torch 2.11 builds extensions with that.
+template <typename T>
+using Bare = std::remove_cv_t<std::remove_reference_t<T>>;
+
 template <typename T>
 struct Caster;  // for a type without one, load_inline binds with pybind11
 
@@ -346,16 +350,15 @@ struct Items {  // a result alone: load_inline leaves parameters of this kind to
     return "tuple[" + names + "]";
   }
 };
-template <typename... T> struct Caster<std::tuple<T...>> : Items<std::remove_cvref_t<T>...> {};
-template <typename A, typename B> struct Caster<std::pair<A, B>>
-    : Items<std::remove_cvref_t<A>, std::remove_cvref_t<B>> {};
+template <typename... T> struct Caster<std::tuple<T...>> : Items<Bare<T>...> {};
+template <typename A, typename B> struct Caster<std::pair<A, B>> : Items<Bare<A>, Bare<B>> {};
 
 template <> struct Caster<void> {
   static std::string name() { return "None"; }
 };
 
 template <size_t, typename T>
-struct Argument : Caster<std::remove_cvref_t<T>> {};
+struct Argument : Caster<Bare<T>> {};
 template <typename... A>
 struct Arguments : A... {};
 
@@ -415,8 +418,12 @@ inline PyObject* refuse(const Described& function, size_t index, PyObject* found
 }
 
 template <typename C>
-std::string range_of() {
-  if constexpr (requires { C::range(); }) return C::range();
+auto range_of(int) -> decltype(C::range()) {
+  return C::range();
+}
+
+template <typename C>
+std::string range_of(long) {
   return "";
 }
 
@@ -434,7 +441,7 @@ struct Bound<F, std::index_sequence<I...>, R, A...> {
       F(static_cast<A&&>(static_cast<Argument<I, A>&>(held).value)...);
       return Py_NewRef(Py_None);
     } else {
-      return Caster<std::remove_cvref_t<R>>::cast(
+      return Caster<Bare<R>>::cast(
           F(static_cast<A&&>(static_cast<Argument<I, A>&>(held).value)...));
     }
   }
@@ -451,19 +458,19 @@ struct Bound<F, std::index_sequence<I...>, R, A...> {
       raise(std::current_exception());
       return nullptr;
     }
-    const std::string names[] = {Caster<std::remove_cvref_t<A>>::name()..., ""};
-    const std::string ranges[] = {range_of<Caster<std::remove_cvref_t<A>>>()..., ""};
+    const std::string names[] = {Caster<Bare<A>>::name()..., ""};
+    const std::string ranges[] = {range_of<Caster<Bare<A>>>(0)..., ""};
     return refuse(described, wrong, given[wrong], names[wrong], ranges[wrong]);
   }
 
   static PyMethodDef method(const char* name, const char* text) {
     static std::string doc;
-    const std::string names[] = {Caster<std::remove_cvref_t<A>>::name()..., ""};
+    const std::string names[] = {Caster<Bare<A>>::name()..., ""};
     std::string& signature = described.signature;
     signature = std::string(name) + "(";
     for (size_t i = 0; i < sizeof...(A); ++i)
       signature += (i ? ", arg" : "arg") + std::to_string(i) + ": " + names[i];
-    signature += ") -> " + Caster<std::remove_cvref_t<R>>::name();
+    signature += ") -> " + Caster<Bare<R>>::name();
     described.name = name;
     doc = signature + "\n\n" + text + "\n";
     return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL,
