@@ -32,6 +32,7 @@ class Scan:
         self.contents: list[tuple[str, str]] = []  # (as it was included, hash)
         self.files: set[Path] = set()
         self.spellings: set[str] = set()  # of every #include, whether it was found or not
+        self.declares = False  # there is the word `extern`: something of another library may be called
         self.is_computed = False  # there is an `#include MACRO`, which only the preprocessor resolves
         self._seen: set[tuple[str, Path]] = set()
 
@@ -39,6 +40,7 @@ class Scan:
         """Take in a source text that is, or will be, in `folder`."""
         content = text.encode() if isinstance(text, str) else text
         self.contents.append((spelling, hashlib.sha256(content).hexdigest()))
+        self.declares = self.declares or b"extern" in content or b"asm" in content
         for found in _INCLUDE.finditer(content):
             if found["computed"]:
                 self.is_computed = True

@@ -273,9 +273,10 @@ class Job:
             flags += [f"-L{stub_libraries(cxx, tuple(names))}", "-Wl,--no-as-needed"]
             flags += [f"-l:{name}" for name in names]
             if self._uses_little:
-                # Reading libstdc++ is most of what linking a small kernel takes. It is found through torch, which
-                # needs it too; the C library stays, or its symbols would be bound to their oldest versions.
-                flags += ["-nodefaultlibs", "-lm", "-lc", "-lgcc"]
+                # Reading the system's libraries is most of what linking a small kernel takes. What it calls of them is
+                # found through torch, which needs them too. Only where little is called: without the library at hand,
+                # a symbol is bound to its oldest version.
+                flags += ["-nodefaultlibs", "-lgcc"]
         for used in self._toolchains:
             flags += used.link_flags(_compiler(used))
         return [*flags, *self.ldflags]
@@ -312,11 +313,12 @@ class Job:
 
     @property
     def _uses_little(self) -> bool:
-        """Whether the units are C++ that includes nothing but opkit's own headers, compiled without flags."""
+        """Whether the units are C++ of opkit's own headers alone, without flags or declarations of their own."""
         return (
             not (self.cflags or self.ldflags)
             and self._toolchains == [toolchain.CPP]
             and all(name.startswith("opkit/") or name in _FREESTANDING for name in self._spellings)
+            and not self._scan(meanings=True).declares
         )
 
     @functools.cached_property

@@ -147,6 +147,14 @@ def _native(source: str) -> Callable[[], Any]:
     return ready
 
 
+def _light_again() -> Callable[[], Any]:
+    """A kernel on a machine that has compiled another one."""
+    other = declare("bench::other")
+    other.register_kernel("cpu", opkit.cpp.kernel(LIGHT.replace("void fused", "void other")))
+    other.build()
+    return _native(LIGHT)
+
+
 def _aten() -> Callable[[], Any]:
     opkit.cpp  # noqa: B018  imports are done before
     return lambda: opkit.cpp.load_inline("fused", ATEN, functions=["fused"]).fused
@@ -199,6 +207,7 @@ def _headers() -> Callable[[], Any]:
 
 FORMS: dict[str, Callable[[], Callable[[], Any]]] = {
     "light": lambda: _native(LIGHT),
+    "light again": _light_again,
     "stable": lambda: _native(STABLE),
     "aten": _aten,
     "torch": _torch,

@@ -46,7 +46,7 @@ def medians(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table of texts, the numbers aligned."""
-    shown = Table(title=title, caption=machine())
+    shown = Table(title=title, caption=machine(), min_width=72)
     for column in header:
         shown.add_column(column, justify="right" if column else "left")
     for row in rows:
@@ -59,7 +59,7 @@ def report(
 ) -> None:
     """Print a table: the first column in `name`, the others as ratios to it."""
     columns = list(next(iter(rows.values())))
-    table = Table(title=title, caption=f"ratios to the first column; {machine()}")
+    table = Table(title=title, caption=f"ratios to the first column; {machine()}", min_width=72)
     table.add_column("")
     table.add_column(f"{columns[0]}, {name}", justify="right")
     for column in columns[1:]:
