@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ from opkit import _torch_build
 from opkit.cpp import _arguments, _bindings, _includes, _jobs, _pch, cache, compilers, diagnostics
 from opkit.cpp import tier as tiers
 from opkit.cpp._progress import Progress, building
-from opkit.cpp.compile import included_by_path, placed_nowhere, stub_libraries
+from opkit.cpp._unit import included_by_path, placed_nowhere
+from opkit.cpp.compile import stub_libraries
 from opkit.cpp.toolchain import names_host_compiler
 from opkit.errors import BuildError
 
@@ -35,19 +36,6 @@ _FORMAT = 2
 _MAIN = "main.cpp"
 _CFLAGS = _pch.PLAIN_FLAGS  # torch passes no -O at all; the caller's flags come later and win
 _STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
-_CUDA_SUFFIXES = (".cu", ".cuh")
-_SUFFIXES = (
-    ".cpp",
-    ".cc",
-    ".cxx",
-    ".c++",
-    ".cp",
-    ".C",
-    ".c",
-    ".s",
-    ".S",
-    *_CUDA_SUFFIXES,
-)  # what gcc compiles
 
 
 class _Way(NamedTuple):
@@ -106,19 +94,19 @@ class Job:
         doing = f"building {name}"
         all_texts, all_units = dict(texts or {}), list(units)
         files = []
-        for i, source in enumerate(_listed(name, sources)):
+        for i, source in enumerate(_arguments.sources(name, sources)):
             if isinstance(source, str) and "\n" in source:
                 unit = f"{name}_{i}.{'cu' if '__global__' in source else 'cpp'}"
                 all_texts[unit] = source
                 all_units.append(unit)
             else:
-                files.append(_existing(name, Path(source)))
+                files.append(_arguments.source_file(name, Path(source)))
         if not files and not all_units:
             raise BuildError(
                 f"building {name}: it has no sources; expected at least one path or source text. Name one."
             )
         names = [*all_units, *(path.name for path in files)]
-        has_cuda = any(name.endswith(_CUDA_SUFFIXES) for name in names)
+        has_cuda = any(name.endswith(_arguments.CUDA_SUFFIXES) for name in names)
         if with_cuda is None:
             with_cuda = has_cuda
         elif has_cuda and not with_cuda:
@@ -191,7 +179,7 @@ class Job:
 
         # torch passes flags through a shell, so one flag may be several words.
         cflags, cuda_cflags, ldflags = _words(self.cflags), _words(self.cuda_cflags), _words(self.ldflags)
-        scan = self._scan()
+        scan = self.scan()
         return cache.digest(
             _FORMAT,
             self.name,
@@ -206,10 +194,11 @@ class Job:
             scan.contents,
             (self.direct, _pch.DIRECT) if self.direct else None,
             self._preprocessed() if scan.is_computed else None,
-            self._native_macros([*cflags, *cuda_cflags]),
+            _includes.named_files([*cflags, *cuda_cflags, *ldflags]),
+            compilers.native_macros(self.cxx, [*self.cxx.command, *cflags, *cuda_cflags]),
         )
 
-    def _scan(self) -> _includes.Scan:
+    def scan(self) -> _includes.Scan:
         """Read what the user wrote, headers included."""
         import torch
 
@@ -288,7 +277,7 @@ class Job:
 
     def _ways(self) -> list[_Way]:
         """Return the ways to compile it, the quickest first; the last one is torch's own and always does."""
-        scan = self._scan()
+        scan = self.scan()
         narrow = (scan.is_computed or _pch.NARROWED in scan.spellings) and _pch.is_enough(
             [*self._own_texts(), *self.texts.values()]
         )
@@ -321,9 +310,9 @@ class Job:
 
     def _own_texts(self, main: str | None = None) -> list[str]:
         """Return the texts of the units in C++, `main` in place of main.cpp."""
-        units = [unit for unit in self.units if not unit.endswith(_CUDA_SUFFIXES)]
+        units = [unit for unit in self.units if not unit.endswith(_arguments.CUDA_SUFFIXES)]
         texts = [main if main and unit == _MAIN else self.texts[unit] for unit in units]
-        files = [path for path in self.files if path.suffix not in _CUDA_SUFFIXES]
+        files = [path for path in self.files if path.suffix not in _arguments.CUDA_SUFFIXES]
         return [*texts, *(path.read_text(errors="replace") for path in files)]
 
     def _own_text(self, name: str) -> str | None:
@@ -428,26 +417,6 @@ class Job:
         texts = [self.texts[unit] for unit in self.units] + [f'#include "{path}"\n' for path in self.files]
         return [_output([*command, "-"], text) for text in texts]
 
-    def _native_macros(self, flags: Sequence[str]) -> str:
-        """Return what -march=native means on this machine."""
-        if not any("native" in flag for flag in flags):
-            return ""
-        native = [flag for flag in flags if flag.startswith("-m") and "native" in flag]
-        return _output([*self.cxx.command, *native, "-dM", "-E", "-x", "c++", "-"], "")
-
-
-def _listed(name: str, sources: Any) -> list[str | os.PathLike[str]]:
-    """Return `sources` as a list, of paths and texts alone."""
-    lone = isinstance(sources, (str, bytes, os.PathLike)) or not isinstance(sources, Iterable)
-    entries = [sources] if lone else list(sources)
-    for entry in entries:
-        if not isinstance(entry, (str, os.PathLike)):
-            raise BuildError(
-                f"building {name}: it has the source {entry!r}, of type {type(entry).__name__}; expected a path or "
-                "a source text, or a list of those. Pass each as a str, or a path as a Path."
-            )
-    return entries
-
 
 def _refuse_rocm(name: str) -> bool:
     import torch
@@ -475,25 +444,11 @@ def _fitting(name: str, nvcc: compilers.Compiler) -> compilers.Compiler:
     return nvcc
 
 
-def _existing(name: str, path: Path) -> Path:
-    if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise BuildError(
-                f"building {name}: source {str(path)!r} has the suffix {path.suffix!r}; expected one of "
-                f"{', '.join(_SUFFIXES)}. Name the C++ or CUDA source itself."
-            )
-        return path.absolute()
-    raise BuildError(
-        f"building {name}: source {str(path)!r} is no file in {Path.cwd()}; expected a path to a .cpp or .cu "
-        "file, or a source text, which has a newline. Correct the path."
-    )
-
-
 def _distinct(files: Sequence[Path], folder: Path, taken: Sequence[str]) -> list[Path]:
     """Return `files`, with a stand-in for each whose object file another source would overwrite."""
 
     def object_name(name: str) -> tuple[str, bool]:  # torch's: k.cpp and k.cc are both k.o, k.cu is k.cuda.o
-        return Path(name).stem, Path(name).suffix in _CUDA_SUFFIXES
+        return Path(name).stem, Path(name).suffix in _arguments.CUDA_SUFFIXES
 
     names = {object_name(name) for name in taken}
     sources = []

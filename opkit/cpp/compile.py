@@ -16,7 +16,6 @@ import re
 import shlex
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 from opkit.cpp import _includes, _jobs, cache, compilers, diagnostics, prebuilt, toolchain
 from opkit.cpp import tier as tiers
 from opkit.cpp._progress import Progress, building
+from opkit.cpp._unit import Unit, included_by_path, placed_nowhere, sources
 from opkit.cpp.compilers import Compiler
 from opkit.cpp.toolchain import Options, Toolchain
 from opkit.errors import BuildError
@@ -38,25 +38,6 @@ _MEMORY = 1 << 30  # bytes that a compiler may need without torch's full headers
 _FREESTANDING = ("stddef.h", "stdint.h", "cstddef", "cstdint", "new")
 # Flags that put file names or line numbers into the library.
 _KEEPS_PLACES = ("-g", "--coverage", "-ftest-coverage", "-lineinfo", "--generate-line-info", "-G")
-_INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"(/[^"\n]+)"', re.MULTILINE)
-_PLACED = re.compile(r'^[ \t]*#[ \t]*line[ \t]+\d+[ \t]+"([^"\n]+)"', re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One translation unit: a text, which may include the user's files by absolute path."""
-
-    name: str
-    """The file that the text is written to; unique in its job."""
-    text: str
-    toolchain: Toolchain
-    meaning: str | None = None
-    """What the text says beside the user's source, where that is generated and may be worded anew."""
-
-    @classmethod
-    def of_file(cls, path: Path, index: int, compiled_by: Toolchain) -> Unit:
-        """Return the unit that a user's file is by itself."""
-        return cls(f"{index}_{path.stem}{path.suffix}", f'#include "{path}"\n', compiled_by)
 
 
 @dataclass(frozen=True)
@@ -132,7 +113,7 @@ class Job:
             _ENTRY,
             (sys.platform, platform.machine()),
             [(unit.name, unit.toolchain.name, unit.toolchain.abi) for unit in self.units],
-            self.module and (self.module, sysconfig.get_config_var("EXT_SUFFIX")),
+            self.module,
             scan.contents,
             _includes.without_paths(self.cflags),
             _includes.without_paths(self.cuda_cflags),
@@ -305,7 +286,7 @@ class Job:
     @functools.cached_property
     def _sources(self) -> list[Path]:
         """The user's files: those that units include by absolute path, and those that their text is from."""
-        return list(dict.fromkeys(path for unit in self.units for path in _sources(unit)))
+        return list(dict.fromkeys(path for unit in self.units for path in sources(unit)))
 
     @functools.cached_property
     def _toolchains(self) -> list[Toolchain]:
@@ -329,7 +310,7 @@ class Job:
     @functools.cached_property
     def _system(self) -> tiers.System:
         """The headers of torch and Python that the sources want."""
-        return tiers.system(self._spellings, is_module=self.module is not None)
+        return tiers.system(self._spellings)
 
     def _scan(self, *, meanings: bool = False) -> _includes.Scan:
         """Read the texts, or what they mean, and the user's headers as they are now."""
@@ -360,16 +341,6 @@ def _package_headers() -> str:
     return compilers.known(("headers", *stamps), read)
 
 
-def placed_nowhere(text: str) -> str:
-    """Return a unit's text without where it is from and the folders of the files that it includes."""
-    return _PLACED.sub("", _INCLUDED.sub("", text))
-
-
-def included_by_path(text: str) -> list[Path]:
-    """Return the files that a unit's text includes by absolute path; a Python file that it is from is none."""
-    return [path for path in map(Path, _INCLUDED.findall(text)) if path.is_file()]
-
-
 def _compiler(used: Toolchain) -> Compiler:
     """Return the toolchain's compiler.
 
@@ -389,11 +360,6 @@ def _refuse(used: Toolchain, label: str, op: str | None) -> Any:
         f"compiles {', '.join(used.suffixes)}. Install it, or register another kernel for the op.",
         op=op,
     )
-
-
-def _sources(unit: Unit) -> list[Path]:
-    placed = [name for name in _PLACED.findall(unit.text) if name.startswith("/")]
-    return [Path(name) for name in dict.fromkeys([*_INCLUDED.findall(unit.text), *placed])]
 
 
 def _execute(step: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:

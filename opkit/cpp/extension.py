@@ -18,9 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from opkit.cpp import _arguments, _bindings, _includes, compile, diagnostics, toolchain
+from opkit.cpp import _arguments, _bindings, compile, diagnostics, toolchain
 from opkit.cpp import tier as tiers
 from opkit.cpp._aten import Job, Sources
+from opkit.cpp._unit import Unit
 from opkit.errors import BuildError
 
 _LIBRARY_BLOCK = re.compile(r"^[ \t]*(?:STABLE_)?TORCH_LIBRARY[ \t]*\([ \t]*(\w+)[ \t]*,", re.MULTILINE)
@@ -230,19 +231,15 @@ def _library(job: Job, tier: str | None) -> Path:
     """Return the built library, by the driver of its tier."""
     tiers.check(f"building {job.name}", tier)
     if tier is None:
-        scan = _includes.Scan([*job.include_paths, *_includes.include_folders(job.cflags)])
-        for spelling, text in job.texts.items():
-            scan.add_text(text, spelling)
-        for path in job.files:
-            scan.add_file(path, path.name)
+        scan = job.scan()
         tier = tiers.ATEN if scan.is_computed else tiers.infer(scan.spellings)
     units = []
     for index, path in enumerate(job.files):
         if used := toolchain.for_suffix(path.suffix):
-            units.append(compile.Unit.of_file(path, index, used))
+            units.append(Unit.of_file(path, index, used))
     for name in job.units:
         if used := toolchain.for_suffix(Path(name).suffix):
-            units.append(compile.Unit(name, job.texts[name], used))
+            units.append(Unit(name, job.texts[name], used))
     if tier == tiers.ATEN or len(units) != len(job.files) + len(job.units):
         return job.library()
     return compile.Job(

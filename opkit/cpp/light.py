@@ -21,7 +21,8 @@ from opkit.cpp import _arguments, _aten, _boxed, _glue, _includes, compilers, nv
 from opkit.cpp import tier as tiers
 from opkit.cpp import toolchain as toolchains
 from opkit.cpp._native import Loaded, register
-from opkit.cpp.compile import Job, Unit
+from opkit.cpp._unit import Unit
+from opkit.cpp.compile import Job
 from opkit.cpp.toolchain import Toolchain
 from opkit.errors import BuildError, did_you_mean
 from opkit.spec.plan import OutputMeta, Plan

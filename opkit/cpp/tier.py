@@ -65,7 +65,7 @@ def check(doing: str, tier: str | None) -> None:
         )
 
 
-def system(spellings: Iterable[str], *, is_module: bool) -> System:
+def system(spellings: Iterable[str]) -> System:
     """Return what a light or stable source needs of torch and Python, by the names that it includes.
 
     Raises:
@@ -82,7 +82,7 @@ def system(spellings: Iterable[str], *, is_module: bool) -> System:
         folder, version = _pybind11()
         folders.append(folder)
         versions.append(f"pybind11 {version}")
-    if pybind or is_module or "Python.h" in names:
+    if pybind or "Python.h" in names:
         folders.append(Path(sysconfig.get_path("include")))
         versions.append(f"{sysconfig.get_config_var('EXT_SUFFIX')}")
     defines = (f"-DTORCH_TARGET_VERSION={_TARGET}",) if torch else ()

@@ -11,7 +11,8 @@ import pytest
 
 from opkit import _config
 from opkit.cpp import cache, compile, compilers, toolchain
-from opkit.cpp.compile import Job, Unit
+from opkit.cpp._unit import Unit
+from opkit.cpp.compile import Job
 from opkit.errors import BuildError
 
 pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
@@ -192,8 +193,8 @@ def test_a_flag_that_the_compiler_does_not_know(capfd):
 
 def test_two_processes_at_once_give_one_library(cache_dir):
     code = (
-        "from opkit.cpp import compile, toolchain\n"
-        "unit = compile.Unit('unit.cpp', 'int f() { return 1; }', toolchain.CPP)\n"
+        "from opkit.cpp import _unit, compile, toolchain\n"
+        "unit = _unit.Unit('unit.cpp', 'int f() { return 1; }', toolchain.CPP)\n"
         "print(compile.Job(label='f', units=(unit,)).library())"
     )
     environment = {**os.environ, "OPKIT_CACHE_DIR": str(cache_dir), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 from typing import NamedTuple
 
 import pytest
@@ -222,6 +223,24 @@ def test_a_stable_library_is_the_same_for_every_torch(mixed, monkeypatch):
     before = kernel.job(mixed.schema, mixed._runner.native_plan, "native").key()
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     assert kernel.job(mixed.schema, mixed._runner.native_plan, "native").key() == before
+
+
+def test_a_library_of_ops_is_the_same_for_every_python(monkeypatch):
+    from opkit.cpp._unit import Unit
+    from opkit.cpp.compile import Job
+    from opkit.cpp.toolchain import CPP
+
+    def key(text: str) -> str:
+        return Job(label="f", units=(Unit("f.cpp", text, CPP),), module="f").key()
+
+    ops, module = "#include <torch/csrc/stable/library.h>\n", "#include <Python.h>\n"
+    before = key(ops), key(module)
+    config = sysconfig.get_config_var
+    monkeypatch.setattr(
+        sysconfig, "get_config_var", lambda name: ".other" if name == "EXT_SUFFIX" else config(name)
+    )
+    assert key(ops) == before[0]
+    assert key(module) != before[1]
 
 
 PYBIND = """
