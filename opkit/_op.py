@@ -333,6 +333,11 @@ class Op(Generic[P, R]):
 
         Raises:
             BackendError: the op has no native kernel of that backend.
+
+        Example:
+            >>> from opkit_kernels import vector_add
+            >>> [kernel.device for kernel in vector_add.native_kernels("cpp", "cuda")]
+            ['cpu', 'cuda']
         """
         found = [k for k in self._table.all() if isinstance(k.function, Source)]
         known = {k.backend for k in found}
@@ -350,6 +355,11 @@ class Op(Generic[P, R]):
 
         Raises:
             BackendError: the op has no native kernel of that backend.
+
+        Example:
+            >>> from opkit_kernels import vector_add
+            >>> [sorted(entry) for entry in vector_add.compile_commands("cpp")]
+            [['arguments', 'directory', 'file']]
         """
         commands: list[dict[str, Any]] = []
         for kernel in self.native_kernels(*backends):

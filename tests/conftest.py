@@ -33,6 +33,15 @@ def clean_environment(monkeypatch, session_cache):
 
 
 @pytest.fixture
+def cache_dir(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("OPKIT_CACHE_DIR", str(tmp_path / "cache"))
+    _config.refresh()
+    yield tmp_path / "cache"
+    _config.refresh()
+
+
+@pytest.fixture
 def registry():
     """Ops that the test defines are removed after it, and what was said once may be said again."""
     importlib.import_module(

@@ -16,13 +16,7 @@ from opkit.cpp import _manifest, cache, tidy
 from opkit.errors import BuildError
 from tests.cpp.cache_tools import Builder, exit_code, forked, obtain, python, temporaries
 
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPKIT_CACHE_DIR", str(tmp_path / "cache"))
-    _config.refresh()
-    yield tmp_path / "cache"
-    _config.refresh()
+pytestmark = pytest.mark.usefixtures("cache_dir")
 
 
 def variants(cache_dir: Path, name: str = "f-k") -> list[str]:

@@ -13,13 +13,7 @@ from opkit import _config
 from opkit.cpp import _live, cache, tidy
 from tests.cpp.cache_tools import Builder, exit_code, forked, obtain, temporaries, until
 
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPKIT_CACHE_DIR", str(tmp_path / "cache"))
-    _config.refresh()
-    yield tmp_path / "cache"
-    _config.refresh()
+pytestmark = pytest.mark.usefixtures("cache_dir")
 
 
 @pytest.fixture

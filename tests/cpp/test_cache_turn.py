@@ -13,19 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from opkit import _config
 from opkit.cpp import _owner, _progress, _turn, cache
 from opkit.cpp._owner import Owner
 from opkit.errors import BuildError, Diagnostic
 from tests.cpp.cache_tools import Builder, exit_code, forked, obtain, temporaries, until
 
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPKIT_CACHE_DIR", str(tmp_path / "cache"))
-    _config.refresh()
-    yield tmp_path / "cache"
-    _config.refresh()
+pytestmark = pytest.mark.usefixtures("cache_dir")
 
 
 class Slow:

@@ -9,23 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from opkit import _config
 from opkit.cpp import cache, compile, compilers, toolchain
 from opkit.cpp._unit import Unit
 from opkit.cpp.compile import Job
 from opkit.errors import BuildError
 
-pytestmark = pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.usefixtures("cache_dir"),
+    pytest.mark.skipif(compilers.find_cxx() is None, reason="needs a C++ compiler"),
+]
 EXPORT = 'extern "C" __attribute__((visibility("default"))) '
 needs_nvcc = pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
-
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPKIT_CACHE_DIR", str(tmp_path / "cache"))
-    _config.refresh()
-    yield tmp_path / "cache"
-    _config.refresh()
 
 
 @pytest.fixture
