@@ -88,6 +88,7 @@ def unit_source(
 {kernel}
 #include <opkit/glue.h>
 #line 1 "opkit glue of {schema.namespace}.{schema.opname}"
+const char* const opkit::op_name = OPKIT_OP;
 namespace opkit::glue {{  // so that the kernel's own names are no names here
 extern "C" __attribute__((visibility("default"))) void opkit_call(uint64_t* stack, uint64_t, uint64_t) try {{
 {lines}

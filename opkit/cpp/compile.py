@@ -30,6 +30,7 @@ from opkit.cpp.toolchain import Options, Toolchain
 from opkit.errors import BuildError
 
 INCLUDE = Path(__file__).parent / "include"
+_GLUE = INCLUDE / "opkit" / "glue.cpp"
 _HEADERS = sorted(f"{folder}/{name}" for folder, _, names in os.walk(INCLUDE) for name in names)
 
 _FORMAT = 3  # raise it when what is built from the same source changes
@@ -239,7 +240,7 @@ class Job:
             cxx=compilers.get_cxx(),
             include_paths=(INCLUDE, *self.include_paths),
             system_paths=self._system.folders,
-            defines=(*self._system.defines, *named),
+            defines=(*self._system.defines, *named, *(["-DOPKIT_LINKED"] if self._links_glue else [])),
             cflags=(*places, *self.cflags),
             own_flags=own,
             architectures=used.architectures(),
@@ -248,6 +249,8 @@ class Job:
     def _link(self, output: str, objects: Sequence[str]) -> list[str]:
         cxx = compilers.get_cxx()
         flags = [*objects, "-shared", "-o", output]
+        if self._links_glue:
+            flags += [str(glue_object(cxx)), "-Wl,--gc-sections"]
         if self._system.needs_torch:
             # --no-as-needed: torch loads its libraries so that only those find their symbols that name them.
             names = dict.fromkeys(["libtorch_cpu.so", *(n for t in self._toolchains for n in t.libraries)])
@@ -291,6 +294,19 @@ class Job:
     @functools.cached_property
     def _toolchains(self) -> list[Toolchain]:
         return list(dict.fromkeys(unit.toolchain for unit in self.units))
+
+    @property
+    def _links_glue(self) -> bool:
+        """Whether the bodies of opkit's headers are linked, not compiled with the kernel.
+
+        Only without flags of the kernel's own, of which any may decide how they are to be compiled.
+        """
+        return (
+            self.tier == tiers.LIGHT
+            and self._toolchains == [toolchain.CPP]
+            and "opkit/glue.h" in self._spellings
+            and not self.cflags
+        )
 
     @property
     def _uses_little(self) -> bool:
@@ -397,6 +413,25 @@ def _dependencies(file: Path) -> set[Path]:
     )  # of a backslash before any other letter, make knows nothing
     paths = {Path(re.sub(r"\\([ #])", r"\1", name).replace("$$", "$")) for name in names}
     return {path for path in paths if path.is_absolute()}
+
+
+def glue_object(cxx: Compiler) -> Path:
+    """Return the bodies of opkit's headers, compiled: what most of compiling a light kernel would be."""
+
+    def build(work: cache.Workspace) -> Path:
+        # -Og, which compiles fastest: little of it is more than a few calls of torch.
+        options = Options(cxx, cxx, (INCLUDE,), (), (), ("-Og", "-ffunction-sections"), (), ())
+        command = [*toolchain.CPP.command(options), "-c", str(_GLUE), "-o", "glue.o"]
+        done = _execute(command, work.folder)
+        if done.returncode:
+            raise diagnostics.failure(done.stdout, label="the glue", command=shlex.join(command))
+        return work.folder / "glue.o"
+
+    def key() -> str:
+        machine = (sys.platform, platform.machine())
+        return cache.digest(_FORMAT, *machine, cxx.version, toolchain.CPP.flags, _package_headers())
+
+    return cache.obtain(key, label="glue", build=build)
 
 
 def stub_libraries(cxx: Compiler, names: Sequence[str]) -> Path:

@@ -26,13 +26,13 @@ FLOATS = (
 )  # fmt: skip
 
 
-def compiled(name: str, shapes: str, signature: str, body: str, fake=None) -> opkit.Op:
+def compiled(name: str, shapes: str, signature: str, body: str, **options) -> opkit.Op:
     """An op `t::<name>` with the given Python signature and a light kernel."""
     scope: dict = {"Tensor": Tensor, "torch": torch}
     exec(f"def {name}{signature}: ...", scope)
     op = opkit.op(f"t::{name}", shapes=shapes)(scope[name])
     op.register_kernel(
-        "cpu", opkit.cpp.kernel(f"#include <opkit/kernel.h>\nusing namespace opkit;\n{body}\n")
+        "cpu", opkit.cpp.kernel(f"#include <opkit/kernel.h>\nusing namespace opkit;\n{body}\n", **options)
     )
     return op
 
@@ -214,8 +214,9 @@ def test_header_compiles_without_a_warning(tmp_path, compiler):
             f"-I{INCLUDE}",
             "-fsyntax-only",
         ]
-        run = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
+        for file in ([str(source)], ["-DOPKIT_LINKED", str(source)], [str(INCLUDE / "opkit" / "glue.cpp")]):
+            run = subprocess.run([*command, *file], capture_output=True, text=True, check=False)
+            assert run.returncode == 0, run.stderr
 
 
 # ---------------------------------------------------------------- views
@@ -292,8 +293,12 @@ def test_vectors_load_compute_and_store():
 
 # ---------------------------------------------------------------- exceptions
 
+# Without flags of the kernel's own, the bodies of the headers are linked; with flags they are compiled with it.
+with_and_without_flags = pytest.mark.parametrize("flags", [(), ("-O2",)], ids=["linked", "compiled"])
 
-def test_exceptions_name_the_op_wherever_they_are_thrown():
+
+@with_and_without_flags
+def test_exceptions_name_the_op_wherever_they_are_thrown(flags):
     op = compiled(
         "throws",
         "n -> n",
@@ -311,6 +316,7 @@ def test_exceptions_name_the_op_wherever_they_are_thrown():
           parallel_for(0, 1 << 20, 1 << 10, [&](int64_t begin, int64_t) { if (begin >= 0) raise_one(how - 10); });
           parallel_for(0, 10, 100, [&](int64_t, int64_t) { raise_one(how - 20); });
         }""",
+        extra_cflags=flags,
     )
     foreign = "the kernel threw something that is no std::exception; throw one, or use OPKIT_CHECK"
     texts = {1: foreign, 2: "std", 3: "mine", 4: "checked 4"}
@@ -334,3 +340,30 @@ def test_kernel_may_have_names_of_its_own():
         void named(opkit::Tensor x, opkit::Tensor y) { y.data<float>()[0] = 5; y.set_size(0, ::raise(1)); }""",
     )
     assert op(torch.ones(3)).tolist() == [5]
+
+
+@with_and_without_flags
+def test_glue_is_the_same_linked_or_compiled(flags):
+    op = compiled(
+        "every",
+        None,
+        "(xs: list[Tensor | None], y: Tensor | None, text: str, ints: list[int] | None, by: float | None) -> Tensor",
+        """void every(Span<Tensor> xs, Tensor y, StringView text, Optional<Span<int64_t>> ints, Optional<double> by,
+                   Tensor out) {
+          double sum = by.value_or(0.5) + text.size();
+          for (const Tensor& x : xs) if (x) sum += x.size(-1) * x.data<double>()[0];
+          if (y) sum += y.data<double>()[0];
+          if (ints) for (int64_t i : *ints) sum += i;
+          out.data<double>()[0] = sum;
+        }""",
+        extra_cflags=flags,
+    )
+    op.register_fake(lambda xs, y, text, ints, by: torch.empty(1, dtype=torch.float64))
+    (library,) = op.build()
+    linked = "glue.o" in (library.parent / "log.txt").read_text()
+    assert linked == (not flags)
+    one = torch.full((3,), 2.0, dtype=torch.float64)
+    assert op([one, None, one], one, "abc", [10, 20], 0.25).item() == 0.25 + 3 + 12 + 2 + 30
+    assert op([], None, "", None, None).item() == 0.5
+    with pytest.raises(RuntimeError, match=r"t::every: argument xs is float32, the kernel reads it as float64"):
+        op([one.float()], None, "", None, None)

@@ -47,9 +47,7 @@ int32_t aoti_torch_delete_cuda_guard(CUDAGuardHandle guard);
 namespace opkit {
 namespace glue {
 
-[[noreturn]] OPKIT_COLD inline void refused(const char* what, const char* name) {
-  fail("torch could not give the ", what, " of argument ", name);
-}
+[[noreturn]] OPKIT_COLD void refused(const char* what, const char* name);
 inline void ok(int32_t status, const char* what, const char* name) {
   if (status) refused(what, name);
 }
@@ -66,13 +64,7 @@ inline Device decode<Device>(uint64_t value) {
 }
 
 // An optional on the stack is null or a heap cell that the callee frees.
-inline bool take_optional(uint64_t& value) {
-  uint64_t* cell = decode<uint64_t*>(value);
-  if (!cell) return false;
-  value = *cell;
-  delete cell;
-  return true;
-}
+bool take_optional(uint64_t& value);
 
 // A tensor argument: owns the handle, so that every way out of the call gives it back.
 class TensorArg {
@@ -104,24 +96,7 @@ class TensorArg {
     return value;
   }
   // `found` is where the kernel leaves the sizes of data-dependent dimensions.
-  OPKIT_ONCE Tensor open(int64_t* found = nullptr) const {
-    if (!handle_) return Tensor(name_);
-    int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
-    int32_t dtype = 0;
-    Device device{0, 0};
-    void* data = nullptr;
-    // One test for all of them: each would be another way out, which takes a millisecond to compile.
-    int32_t status = aoti_torch_get_dim(handle_, &dim);
-    status |= aoti_torch_get_sizes(handle_, &sizes);
-    status |= aoti_torch_get_strides(handle_, &strides);
-    status |= aoti_torch_get_dtype(handle_, &dtype);
-    status |= aoti_torch_get_device_type(handle_, &device.type);
-    status |= aoti_torch_get_device_index(handle_, &device.index);
-    status |= mutable_ ? torch_get_mutable_data_ptr(handle_, &data)
-                       : torch_get_const_data_ptr(handle_, const_cast<const void**>(&data));
-    ok(status, "sizes, dtype, device or data", name_);
-    return Tensor(name_, data, sizes, strides, dim, static_cast<DType>(dtype), device, found);
-  }
+  Tensor open(int64_t* found = nullptr) const;
 
  private:
   AtenTensorHandle handle_ = nullptr;
@@ -251,24 +226,10 @@ class Sizes {
  public:
   static constexpr int64_t kMax = 64;  // torch's own limit
   Sizes() = default;
-  OPKIT_ONCE Sizes(const Tensor& tensor, int64_t from, int64_t until) {
-    for (int64_t i = from; i < tensor.dim() + until; ++i) push(tensor.sizes()[i]);
-  }
-  OPKIT_ONCE void push(int64_t size) {
-    if (count_ == kMax) fail("an output has more than ", kMax, " dimensions");
-    values_[count_++] = size;
-  }
-  OPKIT_ONCE void push(const Sizes& other) {
-    for (int64_t i = 0; i < other.count_; ++i) push(other.values_[i]);
-  }
-  OPKIT_ONCE bool operator==(const Sizes& other) const {
-    if (count_ != other.count_) return false;
-    for (int64_t i = 0; i < count_; ++i) {
-      OPKIT_SCALAR_LOOP;
-      if (values_[i] != other.values_[i]) return false;
-    }
-    return true;
-  }
+  Sizes(const Tensor& tensor, int64_t from, int64_t until);
+  void push(int64_t size);
+  void push(const Sizes& other);
+  bool operator==(const Sizes& other) const;
   int64_t count() const { return count_; }
   const int64_t* data() const { return values_; }
 
@@ -280,14 +241,7 @@ class Sizes {
 // The strides of a contiguous tensor.
 class Strides {
  public:
-  OPKIT_ONCE Strides(int64_t dim, const int64_t* sizes) {
-    int64_t step = 1;
-    for (int64_t i = dim - 1; i >= 0; --i) {
-      OPKIT_SCALAR_LOOP;
-      values_[i] = step;
-      step *= sizes[i] > 1 ? sizes[i] : 1;
-    }
-  }
+  Strides(int64_t dim, const int64_t* sizes);
   const int64_t* data() const { return values_; }
 
  private:
@@ -295,16 +249,7 @@ class Strides {
 };
 
 // Allocate a contiguous output.
-OPKIT_ONCE inline void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType dtype,
-                                Device device) {
-  for (int64_t i = 0; i < sizes.count(); ++i)
-    if (sizes.data()[i] < 0) fail("output ", name, " would have the size ", sizes.data()[i]);
-  out.set_name(name, true);
-  if (aoti_torch_empty_strided(sizes.count(), sizes.data(),
-                               Strides(sizes.count(), sizes.data()).data(),
-                               static_cast<int32_t>(dtype), device.type, device.index, out.slot()))
-    fail("torch could not allocate output ", name);
-}
+void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType dtype, Device device);
 
 // The data-dependent dimensions of one output, in the order of its entry: it is allocated with their bounds, the kernel
 // sets the sizes, and what is returned has those.
@@ -320,41 +265,10 @@ class Open {
   int64_t* found() { return found_; }
   int64_t size(int64_t i) const { return found_[axis_[i]]; }
   // Every size was set.
-  OPKIT_ONCE void check(const char* name) const {
-    for (int64_t i = 0; i < count_; ++i)
-      if (size(i) == Tensor::kUnset)
-        fail("the kernel did not set the size of dimension ", axis_[i], " of output ", name,
-             "; expected ", name, ".set_size(", axis_[i], ", count)");
-  }
+  void check(const char* name) const;
   // Give `out` the sizes that the kernel set. What is left stays where it lies if that is contiguous and no less than
   // half of the memory, else it moves to memory of its own.
-  OPKIT_ONCE void close(TensorArg& out, const char* name) const {
-    const Tensor whole = out.open();
-    Sizes sizes;
-    int64_t used = 1;
-    bool same = true;
-    for (int64_t i = 0; i < whole.dim(); ++i) {
-      const int64_t size = found_[i] == Tensor::kDeclared ? whole.sizes()[i] : found_[i];
-      same = same && size == whole.sizes()[i];
-      used *= size;
-      sizes.push(size);
-    }
-    if (same) return;
-    const Strides strides(sizes.count(), sizes.data());
-    bool fits = 2 * used >= whole.numel();
-    for (int64_t i = 0; i < sizes.count(); ++i)
-      if (sizes.data()[i] > 1 && strides.data()[i] != whole.strides()[i]) fits = false;
-    TensorArg rest, packed;
-    int32_t status =
-        aoti_torch__reinterpret_tensor(*out.slot(), sizes.count(), sizes.data(),
-                                       fits ? strides.data() : whole.strides(), 0, rest.slot());
-    if (!status && !fits) {
-      allocate(packed, name, sizes, whole.dtype(), whole.device());
-      if (used > 0) status = aoti_torch_copy_(*packed.slot(), *rest.slot(), 0);
-    }
-    if (status) fail("torch could not give output ", name, " the sizes that the kernel set");
-    out.swap(fits ? rest : packed);
-  }
+  void close(TensorArg& out, const char* name) const;
 
  private:
   int64_t found_[Sizes::kMax];
@@ -363,62 +277,28 @@ class Open {
 };
 
 // One name of the shape line is one size.
-OPKIT_ONCE inline void same_size(const char* name, int64_t first, const char* first_output,
-                                 int64_t other, const char* other_output) {
-  if (first != other)
-    fail("the kernel set ", name, " to ", first, " in output ", first_output, " and to ", other,
-         " in output ", other_output, "; expected one size");
-}
+void same_size(const char* name, int64_t first, const char* first_output, int64_t other,
+               const char* other_output);
 
-[[noreturn]] OPKIT_COLD inline void misfit(const Tensor& tensor, const char* entry) {
-  fail("argument ", tensor.name(), " does not fit its shape '", entry, "'");
-}
+[[noreturn]] OPKIT_COLD void misfit(const Tensor& tensor, const char* entry);
 
-OPKIT_ONCE inline void same_device(const Tensor& first, const Tensor& other) {
-  if (first && other &&
-      (first.device().type != other.device().type || first.device().index != other.device().index))
-    fail("arguments ", first.name(), " and ", other.name(),
-         " are on different devices; move one of them");
-}
+void same_device(const Tensor& first, const Tensor& other);
 
 // Sizes of Python's whole numbers, which do not wrap.
-[[noreturn]] OPKIT_COLD inline void too_large() {
-  fail("a size in the shape line is beyond 64 bits; pass smaller numbers");
-}
-OPKIT_ONCE inline int64_t plus(int64_t a, int64_t b) {
-  if (__builtin_add_overflow(a, b, &a)) too_large();
-  return a;
-}
-OPKIT_ONCE inline int64_t minus(int64_t a, int64_t b) {
-  if (__builtin_sub_overflow(a, b, &a)) too_large();
-  return a;
-}
-OPKIT_ONCE inline int64_t times(int64_t a, int64_t b) {
-  if (__builtin_mul_overflow(a, b, &a)) too_large();
-  return a;
-}
+[[noreturn]] OPKIT_COLD void too_large();
+int64_t plus(int64_t a, int64_t b);
+int64_t minus(int64_t a, int64_t b);
+int64_t times(int64_t a, int64_t b);
 
 // Python's // and %, which round down.
-OPKIT_ONCE inline int64_t floor_div(int64_t a, int64_t b) {
-  if (b == 0) fail("a size in the shape line divides by zero");
-  if (b == -1) return minus(0, a);  // the processor would stop the process where that does not fit
-  return a / b - (a % b != 0 && (a < 0) != (b < 0));
-}
+int64_t floor_div(int64_t a, int64_t b);
 inline int64_t floor_mod(int64_t a, int64_t b) { return b == -1 ? 0 : a - floor_div(a, b) * b; }
 
 // The device of a call: that of the first tensor which is not None, in arguments and lists alike.
 class CallDevice {
  public:
-  OPKIT_ONCE void take(const Tensor& tensor) {
-    if (!tensor) return;
-    if (first_)
-      same_device(*first_, tensor);
-    else
-      first_ = &tensor;
-  }
-  OPKIT_ONCE void take_all(Span<Tensor> list) {
-    for (int64_t i = 0; i < list.size(); ++i) take(list[i]);
-  }
+  void take(const Tensor& tensor);
+  void take_all(Span<Tensor> list);
   const Tensor& tensor() const { return first_ ? *first_ : none_; }
 
  private:
@@ -442,6 +322,173 @@ class DeviceGuard {
  private:
   CUDAGuardHandle guard_ = nullptr;
 };
+#endif
+
+// ---------------------------------------------------------------- bodies, see error.h
+
+#ifndef OPKIT_LINKED
+OPKIT_BODY void refused(const char* what, const char* name) {
+  fail("torch could not give the ", what, " of argument ", name);
+}
+
+OPKIT_BODY bool take_optional(uint64_t& value) {
+  uint64_t* cell = decode<uint64_t*>(value);
+  if (!cell) return false;
+  value = *cell;
+  delete cell;
+  return true;
+}
+
+OPKIT_BODY Tensor TensorArg::open(int64_t* found) const {
+  if (!handle_) return Tensor(name_);
+  int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+  int32_t dtype = 0;
+  Device device{0, 0};
+  void* data = nullptr;
+  // One test for all of them: each would be another way out, which takes a millisecond to compile.
+  int32_t status = aoti_torch_get_dim(handle_, &dim);
+  status |= aoti_torch_get_sizes(handle_, &sizes);
+  status |= aoti_torch_get_strides(handle_, &strides);
+  status |= aoti_torch_get_dtype(handle_, &dtype);
+  status |= aoti_torch_get_device_type(handle_, &device.type);
+  status |= aoti_torch_get_device_index(handle_, &device.index);
+  status |= mutable_ ? torch_get_mutable_data_ptr(handle_, &data)
+                     : torch_get_const_data_ptr(handle_, const_cast<const void**>(&data));
+  ok(status, "sizes, dtype, device or data", name_);
+  return Tensor(name_, data, sizes, strides, dim, static_cast<DType>(dtype), device, found);
+}
+
+OPKIT_BODY Sizes::Sizes(const Tensor& tensor, int64_t from, int64_t until) {
+  for (int64_t i = from; i < tensor.dim() + until; ++i) push(tensor.sizes()[i]);
+}
+
+OPKIT_BODY void Sizes::push(int64_t size) {
+  if (count_ == kMax) fail("an output has more than ", kMax, " dimensions");
+  values_[count_++] = size;
+}
+
+OPKIT_BODY void Sizes::push(const Sizes& other) {
+  for (int64_t i = 0; i < other.count_; ++i) push(other.values_[i]);
+}
+
+OPKIT_BODY bool Sizes::operator==(const Sizes& other) const {
+  if (count_ != other.count_) return false;
+  for (int64_t i = 0; i < count_; ++i) {
+    OPKIT_SCALAR_LOOP;
+    if (values_[i] != other.values_[i]) return false;
+  }
+  return true;
+}
+
+OPKIT_BODY Strides::Strides(int64_t dim, const int64_t* sizes) {
+  int64_t step = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    OPKIT_SCALAR_LOOP;
+    values_[i] = step;
+    step *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+}
+
+OPKIT_BODY void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType dtype,
+                         Device device) {
+  for (int64_t i = 0; i < sizes.count(); ++i)
+    if (sizes.data()[i] < 0) fail("output ", name, " would have the size ", sizes.data()[i]);
+  out.set_name(name, true);
+  if (aoti_torch_empty_strided(sizes.count(), sizes.data(),
+                               Strides(sizes.count(), sizes.data()).data(),
+                               static_cast<int32_t>(dtype), device.type, device.index, out.slot()))
+    fail("torch could not allocate output ", name);
+}
+
+OPKIT_BODY void Open::check(const char* name) const {
+  for (int64_t i = 0; i < count_; ++i)
+    if (size(i) == Tensor::kUnset)
+      fail("the kernel did not set the size of dimension ", axis_[i], " of output ", name,
+           "; expected ", name, ".set_size(", axis_[i], ", count)");
+}
+
+OPKIT_BODY void Open::close(TensorArg& out, const char* name) const {
+  const Tensor whole = out.open();
+  Sizes sizes;
+  int64_t used = 1;
+  bool same = true;
+  for (int64_t i = 0; i < whole.dim(); ++i) {
+    const int64_t size = found_[i] == Tensor::kDeclared ? whole.sizes()[i] : found_[i];
+    same = same && size == whole.sizes()[i];
+    used *= size;
+    sizes.push(size);
+  }
+  if (same) return;
+  const Strides strides(sizes.count(), sizes.data());
+  bool fits = 2 * used >= whole.numel();
+  for (int64_t i = 0; i < sizes.count(); ++i)
+    if (sizes.data()[i] > 1 && strides.data()[i] != whole.strides()[i]) fits = false;
+  TensorArg rest, packed;
+  int32_t status =
+      aoti_torch__reinterpret_tensor(*out.slot(), sizes.count(), sizes.data(),
+                                     fits ? strides.data() : whole.strides(), 0, rest.slot());
+  if (!status && !fits) {
+    allocate(packed, name, sizes, whole.dtype(), whole.device());
+    if (used > 0) status = aoti_torch_copy_(*packed.slot(), *rest.slot(), 0);
+  }
+  if (status) fail("torch could not give output ", name, " the sizes that the kernel set");
+  out.swap(fits ? rest : packed);
+}
+
+OPKIT_BODY void same_size(const char* name, int64_t first, const char* first_output, int64_t other,
+                          const char* other_output) {
+  if (first != other)
+    fail("the kernel set ", name, " to ", first, " in output ", first_output, " and to ", other,
+         " in output ", other_output, "; expected one size");
+}
+
+OPKIT_BODY void misfit(const Tensor& tensor, const char* entry) {
+  fail("argument ", tensor.name(), " does not fit its shape '", entry, "'");
+}
+
+OPKIT_BODY void same_device(const Tensor& first, const Tensor& other) {
+  if (first && other &&
+      (first.device().type != other.device().type || first.device().index != other.device().index))
+    fail("arguments ", first.name(), " and ", other.name(),
+         " are on different devices; move one of them");
+}
+
+OPKIT_BODY void too_large() {
+  fail("a size in the shape line is beyond 64 bits; pass smaller numbers");
+}
+
+OPKIT_BODY int64_t plus(int64_t a, int64_t b) {
+  if (__builtin_add_overflow(a, b, &a)) too_large();
+  return a;
+}
+
+OPKIT_BODY int64_t minus(int64_t a, int64_t b) {
+  if (__builtin_sub_overflow(a, b, &a)) too_large();
+  return a;
+}
+
+OPKIT_BODY int64_t times(int64_t a, int64_t b) {
+  if (__builtin_mul_overflow(a, b, &a)) too_large();
+  return a;
+}
+
+OPKIT_BODY int64_t floor_div(int64_t a, int64_t b) {
+  if (b == 0) fail("a size in the shape line divides by zero");
+  if (b == -1) return minus(0, a);  // the processor would stop the process where that does not fit
+  return a / b - (a % b != 0 && (a < 0) != (b < 0));
+}
+
+OPKIT_BODY void CallDevice::take(const Tensor& tensor) {
+  if (!tensor) return;
+  if (first_)
+    same_device(*first_, tensor);
+  else
+    first_ = &tensor;
+}
+
+OPKIT_BODY void CallDevice::take_all(Span<Tensor> list) {
+  for (int64_t i = 0; i < list.size(); ++i) take(list[i]);
+}
 #endif
 
 }  // namespace glue

@@ -65,32 +65,7 @@ enum class DType : int32_t {
   float4_e2m1fn_x2 = 45
 };
 
-OPKIT_COLD inline const char* name(DType dtype) {
-  switch (dtype) {
-    case DType::uint8: return "uint8";
-    case DType::int8: return "int8";
-    case DType::int16: return "int16";
-    case DType::int32: return "int32";
-    case DType::int64: return "int64";
-    case DType::float16: return "float16";
-    case DType::float32: return "float32";
-    case DType::float64: return "float64";
-    case DType::complex64: return "complex64";
-    case DType::complex128: return "complex128";
-    case DType::boolean: return "bool";
-    case DType::bfloat16: return "bfloat16";
-    case DType::float8_e5m2: return "float8_e5m2";
-    case DType::float8_e4m3fn: return "float8_e4m3fn";
-    case DType::float8_e5m2fnuz: return "float8_e5m2fnuz";
-    case DType::float8_e4m3fnuz: return "float8_e4m3fnuz";
-    case DType::float8_e8m0fnu: return "float8_e8m0fnu";
-    case DType::float4_e2m1fn_x2: return "float4_e2m1fn_x2";
-    case DType::uint16: return "uint16";
-    case DType::uint32: return "uint32";
-    case DType::uint64: return "uint64";
-  }
-  return "a dtype that opkit/kernel.h does not know";
-}
+OPKIT_COLD const char* name(DType dtype);
 
 template <class T> struct DTypeOf;
 template <class T> struct DTypeOf<const T> : DTypeOf<T> {};
@@ -122,11 +97,7 @@ struct Device {
   int32_t index;
 };
 
-[[noreturn]] OPKIT_COLD inline void no_code(DType dtype, const DType* known, size_t count) {
-  Text text;
-  for (size_t i = 0; i < count; ++i) text << " " << name(known[i]);
-  fail("this kernel has no code for ", name(dtype), "; it takes:", text.c_str());
-}
+[[noreturn]] OPKIT_COLD void no_code(DType dtype, const DType* known, size_t count);
 
 // Call `body(T{})` with the C++ type of `dtype`, which must be one of Ts.
 //     opkit::dispatch<float, opkit::BFloat16>(x.dtype(), [&](auto zero) {
@@ -151,15 +122,8 @@ class Tensor {
  public:
   Tensor() = default;
   explicit Tensor(const char* name) : name_(name) {}  // None
-  OPKIT_ONCE Tensor(const char* name, void* data, const int64_t* sizes, const int64_t* strides,
-                    int64_t dim, DType dtype, Device device, int64_t* found = nullptr)
-      : name_(name), data_(data), sizes_(sizes), strides_(strides), found_(found), dim_(dim),
-        numel_(1), dtype_(dtype), device_(device), defined_(true) {
-    for (int64_t i = 0; i < dim; ++i) {
-      OPKIT_SCALAR_LOOP;
-      numel_ *= sizes[i];
-    }
-  }
+  Tensor(const char* name, void* data, const int64_t* sizes, const int64_t* strides, int64_t dim,
+         DType dtype, Device device, int64_t* found = nullptr);
 
   explicit operator bool() const { return defined_; }
   const char* name() const { return name_; }
@@ -171,15 +135,7 @@ class Tensor {
   int64_t size(int64_t i) const { return sizes_[axis(i)]; }
   int64_t stride(int64_t i) const { return strides_[axis(i)]; }
   int64_t numel() const { return numel_; }
-  OPKIT_ONCE bool is_contiguous() const {
-    int64_t expected = 1;
-    for (int64_t i = dim_ - 1; i >= 0; --i) {
-      if (sizes_[i] == 0) return true;
-      if (sizes_[i] != 1 && strides_[i] != expected) return numel() == 0;
-      expected *= sizes_[i];
-    }
-    return true;
-  }
+  bool is_contiguous() const;
   // The first element; the dtype must be T.
   template <class T>
   T* data() const {
@@ -213,28 +169,12 @@ class Tensor {
     if (wrapped < 0 || wrapped >= dim_) no_axis(i);
     return wrapped;
   }
-  [[noreturn]] OPKIT_COLD void none() const {
-    fail("argument ", name_, " is None, the kernel reads it");
-  }
-  [[noreturn]] OPKIT_COLD void no_axis(int64_t i) const {
-    fail("argument ", name_, " has ", dim_, " dimensions, the kernel asks for dimension ", i);
-  }
-  [[noreturn]] OPKIT_COLD void wrong_dtype(DType wanted) const {
-    fail("argument ", name_, " is ", opkit::name(dtype_), ", the kernel reads it as ",
-         opkit::name(wanted));
-  }
-  [[noreturn]] OPKIT_COLD void wrong_dim(int64_t wanted) const {
-    fail("argument ", name_, " has ", dim_, " dimensions, the kernel views it with ", wanted);
-  }
-  [[noreturn]] OPKIT_COLD void not_open(int64_t d) const {
-    fail("the kernel sets the size of dimension ", d, " of ", name_,
-         ", which the shape line does not leave open; expected a dimension of an output such as "
-         "?m<=n");
-  }
-  [[noreturn]] OPKIT_COLD void beyond(int64_t d, int64_t size) const {
-    fail("the kernel sets the size of dimension ", d, " of output ", name_, " to ", size,
-         "; expected 0 to ", sizes_[d], ", its bound in the shape line");
-  }
+  [[noreturn]] OPKIT_COLD void none() const;
+  [[noreturn]] OPKIT_COLD void no_axis(int64_t i) const;
+  [[noreturn]] OPKIT_COLD void wrong_dtype(DType wanted) const;
+  [[noreturn]] OPKIT_COLD void wrong_dim(int64_t wanted) const;
+  [[noreturn]] OPKIT_COLD void not_open(int64_t d) const;
+  [[noreturn]] OPKIT_COLD void beyond(int64_t d, int64_t size) const;
   const char* name_ = "?";
   void* data_ = nullptr;
   const int64_t* sizes_ = nullptr;
@@ -365,6 +305,85 @@ inline cudaStream_t stream() {
     const cudaError_t opkit_status = (call);                                                       \
     if (opkit_status != cudaSuccess) ::opkit::fail(#call, ": ", cudaGetErrorString(opkit_status)); \
   } while (0)
+#endif
+
+// ---------------------------------------------------------------- bodies, see error.h
+
+#ifndef OPKIT_LINKED
+OPKIT_BODY const char* name(DType dtype) {
+  switch (dtype) {
+    case DType::uint8: return "uint8";
+    case DType::int8: return "int8";
+    case DType::int16: return "int16";
+    case DType::int32: return "int32";
+    case DType::int64: return "int64";
+    case DType::float16: return "float16";
+    case DType::float32: return "float32";
+    case DType::float64: return "float64";
+    case DType::complex64: return "complex64";
+    case DType::complex128: return "complex128";
+    case DType::boolean: return "bool";
+    case DType::bfloat16: return "bfloat16";
+    case DType::float8_e5m2: return "float8_e5m2";
+    case DType::float8_e4m3fn: return "float8_e4m3fn";
+    case DType::float8_e5m2fnuz: return "float8_e5m2fnuz";
+    case DType::float8_e4m3fnuz: return "float8_e4m3fnuz";
+    case DType::float8_e8m0fnu: return "float8_e8m0fnu";
+    case DType::float4_e2m1fn_x2: return "float4_e2m1fn_x2";
+    case DType::uint16: return "uint16";
+    case DType::uint32: return "uint32";
+    case DType::uint64: return "uint64";
+  }
+  return "a dtype that opkit/kernel.h does not know";
+}
+
+OPKIT_BODY void no_code(DType dtype, const DType* known, size_t count) {
+  Text text;
+  for (size_t i = 0; i < count; ++i) text << " " << name(known[i]);
+  fail("this kernel has no code for ", name(dtype), "; it takes:", text.c_str());
+}
+
+OPKIT_BODY Tensor::Tensor(const char* name, void* data, const int64_t* sizes,
+                          const int64_t* strides, int64_t dim, DType dtype, Device device,
+                          int64_t* found)
+    : name_(name), data_(data), sizes_(sizes), strides_(strides), found_(found), dim_(dim),
+      numel_(1), dtype_(dtype), device_(device), defined_(true) {
+  for (int64_t i = 0; i < dim; ++i) {
+    OPKIT_SCALAR_LOOP;
+    numel_ *= sizes[i];
+  }
+}
+
+OPKIT_BODY bool Tensor::is_contiguous() const {
+  int64_t expected = 1;
+  for (int64_t i = dim_ - 1; i >= 0; --i) {
+    if (sizes_[i] == 0) return true;
+    if (sizes_[i] != 1 && strides_[i] != expected) return numel() == 0;
+    expected *= sizes_[i];
+  }
+  return true;
+}
+
+OPKIT_BODY void Tensor::none() const { fail("argument ", name_, " is None, the kernel reads it"); }
+OPKIT_BODY void Tensor::no_axis(int64_t i) const {
+  fail("argument ", name_, " has ", dim_, " dimensions, the kernel asks for dimension ", i);
+}
+OPKIT_BODY void Tensor::wrong_dtype(DType wanted) const {
+  fail("argument ", name_, " is ", opkit::name(dtype_), ", the kernel reads it as ",
+       opkit::name(wanted));
+}
+OPKIT_BODY void Tensor::wrong_dim(int64_t wanted) const {
+  fail("argument ", name_, " has ", dim_, " dimensions, the kernel views it with ", wanted);
+}
+OPKIT_BODY void Tensor::not_open(int64_t d) const {
+  fail("the kernel sets the size of dimension ", d, " of ", name_,
+       ", which the shape line does not leave open; expected a dimension of an output such as "
+       "?m<=n");
+}
+OPKIT_BODY void Tensor::beyond(int64_t d, int64_t size) const {
+  fail("the kernel sets the size of dimension ", d, " of output ", name_, " to ", size,
+       "; expected 0 to ", sizes_[d], ", its bound in the shape line");
+}
 #endif
 
 }  // namespace opkit
