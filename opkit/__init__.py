@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from opkit import _sources as _sources
 from opkit import errors as errors
+from opkit.errors import ArgumentError as ArgumentError
 from opkit.errors import BackendError as BackendError
 from opkit.errors import BuildError as BuildError
 from opkit.errors import ConfigError as ConfigError
@@ -35,31 +36,42 @@ from opkit.errors import OutputError as OutputError
 from opkit.errors import RegistrationError as RegistrationError
 from opkit.errors import SchemaError as SchemaError
 from opkit.errors import ShapeError as ShapeError
+from opkit.errors import VmapError as VmapError
 
 if TYPE_CHECKING:
     from opkit import cpp as cpp
     from opkit import plugins as plugins
+    from opkit._adopt import adopt as adopt
+    from opkit._declare import declare as declare
     from opkit._op import Op as Op
+    from opkit._op import decompositions as decompositions
     from opkit._op import op as op
     from opkit._registry import find as find
     from opkit._registry import get as get
     from opkit._registry import list_ops as list_ops
+    from opkit.dispatch.preference import require as require
     from opkit.dispatch.preference import use_backend as use_backend
     from opkit.dispatch.select import Explanation as Explanation
     from opkit.transforms.formula import from_reference as from_reference
+    from opkit.transforms.inline import inline as inline
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Explanation": "opkit.dispatch.select",
     "Op": "opkit._op",
+    "adopt": "opkit._adopt",
     "cpp": "",
+    "declare": "opkit._declare",
+    "decompositions": "opkit._op",
     "find": "opkit._registry",
     "from_reference": "opkit.transforms.formula",
     "get": "opkit._registry",
+    "inline": "opkit.transforms.inline",
     "list_ops": "opkit._registry",
     "op": "opkit._op",
     "plugins": "",
+    "require": "opkit.dispatch.preference",
     "use_backend": "opkit.dispatch.preference",
 }
 

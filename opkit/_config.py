@@ -86,6 +86,12 @@ VARIABLES = {
     variable.name: variable
     for variable in (
         Variable("OPKIT_BACKEND", "", "backends to prefer, first one first: cpp,reference", _names),
+        Variable(
+            "OPKIT_VALIDATE",
+            "0",
+            "whether each call of an op compares what its kernel returned and wrote with what is declared",
+            _flag,
+        ),
         Variable("OPKIT_AUTOLOAD", "all", "whether installed plugins are called on first need", _flag),
         Variable(
             "OPKIT_CACHE_DIR",

@@ -62,6 +62,12 @@ def list_ops() -> list[str]:
     return sorted(_ops)
 
 
+def all_ops() -> list[Op[..., Any]]:
+    """Return the ops that are defined now; nobody is asked for more."""
+    with _lock:
+        return list(_ops.values())
+
+
 def add(op: Op[..., Any]) -> None:
     """Enter an op, and apply to it what was waiting for it."""
     with _lock:

@@ -1,4 +1,5 @@
-"""The one place where opkit touches what is private in torch, beside `_torch_build` for its build files.
+"""The one place where opkit touches what is private in torch, beside `_torch_build` for its build files and
+`_torch_compile` for its compiler.
 
 Each entry says which upstream code it stands on, and when it may go. The test-suite has run over them on torch
 2.11, 2.13 and 2.15. Nothing else in opkit uses a name of torch that starts with an underscore.
@@ -6,10 +7,13 @@ Each entry says which upstream code it stands on, and when it may go. The test-s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +27,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 after_autograd: Any = torch._C._after_autograd_keyset
 any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
+
+# What a node of a graph calls: an op, or one by its name alone.
+OpOverload = torch._ops.OpOverload
+OpOverloadPacket = torch._ops.OpOverloadPacket
 
 # torch/_library/custom_ops.py uses it in the ADInplaceOrView kernel of mutating custom ops.
 after_inplace_or_view: Any = torch._C._after_ADInplaceOrView_keyset
@@ -94,19 +102,152 @@ def register_meta(
     library._registration_handles.append(handle)
 
 
+def register_effect(library: torch.library.Library, name: str) -> None:
+    """Have compiled code keep every call of an op defined in `library`, in order.
+
+    `Library._register_effectful_op` does this (torch/library.py), and imports higher-order operators first.
+    """
+    entry = torch._library.simple_registry.singleton.find(f"{library.ns}::{name}")
+    handle = entry.effect.register(torch._library.effects.EffectType.ORDERED)
+    library._registration_handles.append(handle)
+
+
 def destroy(library: torch.library.Library) -> None:
-    """Take back everything that was defined and registered through `library`."""
+    """Take back everything that was defined and registered through `library`.
+
+    Its finalizer would do the rest when it is collected, perhaps after the same names are defined anew, and then
+    take theirs out of torch's books (torch/library.py, _del_library). So that is done now, and it finds nothing.
+    """
+    from torch.fx.operator_schemas import _SCHEMA_TO_SIGNATURE_CACHE
+
     library._destroy()
+    for name in library._op_defs:
+        base, _, overload = name.partition(".")
+        _SCHEMA_TO_SIGNATURE_CACHE.pop((base, overload), None)
+    torch.library._defs.difference_update(library._op_defs)
+    library._op_defs.clear()
+    library._op_impls.clear()
+
+
+def register_container(container: type) -> None:
+    """Let torch look into a NamedTuple or a dataclass, and let torch.export.save name it.
+
+    `torch.export.register_dataclass` is public, but imports torch.export, a second, and there is none for a
+    NamedTuple (torch/utils/_pytree.py; pytorch#46187, #150472). One that the user has registered is left as it is.
+    """
+    pytree = torch.utils._pytree
+    if container in pytree.SUPPORTED_NODES:
+        return
+    name = f"{container.__module__}.{container.__qualname__}"
+    if issubclass(container, tuple):
+        pytree._register_namedtuple(container, serialized_type_name=name)
+    else:
+        pytree.register_dataclass(container, serialized_type_name=name)
+
+
+# Whether a transform of torch.func is in force around the call (torch/autograd/function.py asks the same).
+in_func_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+# What Dynamo traced with a forward-mode level in it: running that opens the level in C++ alone.
+_traced_forward_mode: weakref.WeakSet[Any] = weakref.WeakSet()
+_runs_forward_mode = False
 
 
 def in_forward_mode() -> bool:
-    """Whether a forward-mode level is open (torch/autograd/forward_ad.py)."""
-    return forward_ad._current_level >= 0
+    """Whether a forward-mode level may be open (torch/autograd/forward_ad.py, torch/_functorch/predispatch.py)."""
+    if forward_ad._current_level >= 0 or in_func_transform():
+        return True
+    if not _runs_forward_mode:
+        return False
+    context = tracing()
+    if context is not None:  # looking for tangents is an operation, which a graph without any must not have
+        return context in _traced_forward_mode
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
 
 
 def has_tangent(tensor: Tensor) -> bool:
     """Whether `tensor` carries a forward-mode tangent."""
-    return in_forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+    global _runs_forward_mode
+    found = in_forward_mode() and tangent(tensor) is not None
+    context = tracing() if found else None
+    if context is not None:
+        _runs_forward_mode = True
+        _traced_forward_mode.add(context)
+    return found
+
+
+def tangent(tensor: Tensor) -> Tensor | None:
+    """Return the tangent that `tensor` carries. There is one level, whatever forward_ad knows of it."""
+    found: Tensor | None = torch._VF._unpack_dual(tensor, level=0)[1]
+    return found
+
+
+def primal(tensor: Tensor) -> Tensor:
+    """Return `tensor` without its tangent, and with its place in the graph of reverse mode."""
+    if not has_tangent(tensor):
+        return tensor
+    found: Tensor = torch._VF._unpack_dual(tensor, level=0)[0]
+    return found
+
+
+def make_dual(tensor: Tensor, tangent: Tensor) -> Tensor:
+    """Return `tensor` with a tangent."""
+    dual: Tensor = torch._VF._make_dual(tensor, tangent, level=0)
+    return dual
+
+
+def in_func_gradient() -> bool:
+    """Whether the transform of torch.func that runs now is one of reverse mode (grad, vjp, jacrev)."""
+    top = torch._C._functorch.peek_interpreter_stack()
+    return top is not None and top.key() == torch._C._functorch.TransformType.Grad
+
+
+@contextlib.contextmanager
+def at_one_level() -> Iterator[None]:
+    """Let an autograd.Function run for the one level of torch.func whose kernel is running.
+
+    torch's own functions are differentiated so, level by level, in their C++ autograd kernels. For Python ones torch
+    takes another way, above the dispatcher (torch/_functorch/autograd_function.py); inside an autograd kernel of
+    the dispatcher the C++ way is right. It goes when torch.library's autograd kernels do this (pytorch#168393).
+    """
+    before = torch._C._functorch.get_single_level_autograd_function_allowed()
+    torch._C._functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        yield
+    finally:
+        torch._C._functorch.set_single_level_autograd_function_allowed(before)
+
+
+def differentiation_modes() -> tuple[bool, bool]:
+    """Return whether reverse mode and forward mode are on."""
+    return torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+
+
+@contextlib.contextmanager
+def differentiating(reverse: bool, forward: bool) -> Iterator[None]:
+    """Turn reverse mode and forward mode on or off.
+
+    torch turns both off inside an autograd.Function, also for the outer levels of torch.func, which then lose
+    derivatives silently (torch/_functorch/autograd_function.py turns them on again in the same place).
+    """
+    before = torch._C._is_fwd_grad_enabled()
+    with torch.set_grad_enabled(reverse):
+        torch._C._set_fwd_grad_enabled(forward)
+        try:
+            yield
+        finally:
+            torch._C._set_fwd_grad_enabled(before)
+
+
+class LevelFunction(torch.autograd.function._SingleLevelFunction):
+    """An autograd.Function that only a dispatcher kernel applies, once for each level of torch.func.
+
+    `autograd.Function` itself first asks for torch.func and unwraps dead wrappers of it, which the dispatcher has done
+    by then (torch/autograd/function.py up to 2.14, in C++ later). torch takes this base class for the same purpose.
+    """
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 
 def constant_while_tracing(function: F) -> F:
@@ -146,6 +287,74 @@ class Straight:
         return known and self._cpu not in self._impls and self._cuda not in self._impls
 
 
+def overload(name: str) -> Callable[..., Any]:
+    """Return what calls the op `name`, without the objects that `torch.ops` makes around it (torch/_ops.py)."""
+    call: Callable[..., Any] = torch._C._get_operation_overload(name, "")[0]
+    return call
+
+
+def parse_schema(text: str) -> Any:
+    """Return a schema as torch parses it; RuntimeError or IndexError where it does not (torch/library.py, define)."""
+    return torch._C.parse_schema(text)
+
+
+def dtype_of(number: int) -> torch.dtype:
+    """Return the dtype that torch's schemas write as a number."""
+    return _dtypes()[number]
+
+
+@functools.cache
+def _dtypes() -> dict[int, torch.dtype]:
+    found = {}
+    for name, dtype in vars(torch).items():
+        if isinstance(dtype, torch.dtype) and str(dtype) == f"torch.{name}":
+            parsed = parse_schema(f"opkit::f(ScalarType d={name}) -> ()")
+            found[parsed.arguments[0].default_value] = dtype
+    return found
+
+
+def is_composite(overload: Any) -> bool:
+    """Whether an operator is made of others, which autograd differentiates (torch/_ops.py asks the same)."""
+    key = "CompositeImplicitAutograd"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), key))
+
+
+def has_autograd(overload: Any) -> bool:
+    """Whether torch differentiates an operator; where not, it only warns (autograd_not_implemented_fallback.cpp)."""
+    backends = ("", "CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1", "Other")
+    has, name = torch._C._dispatch_has_kernel_for_dispatch_key, overload.name()
+    return is_composite(overload) or any(has(name, f"Autograd{backend}") for backend in backends)
+
+
+def operators(namespace: str) -> list[str]:
+    """Return the names of a namespace's operators."""
+    names = (name.split(".")[0] for name in torch._C._dispatch_get_all_op_names())
+    return sorted({name for name in names if name.startswith(f"{namespace}::")})
+
+
+def implement(
+    library: torch.library.Library,
+    name: str,
+    kernel: Callable[..., Any],
+    key: str,
+    *,
+    with_keyset: bool = True,
+) -> None:
+    """Register a kernel of an op defined in `library`, without the books that `Library.impl` keeps of overrides.
+
+    They are a third of what a registration takes (torch/library.py, impl); what is registered goes with the library.
+    """
+    assert library.m is not None  # it is, until `destroy`
+    library.m.impl(name, key, kernel, with_keyset)
+
+
+def override(library: torch.library.Library, name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Register a kernel in the place of another; torch would warn of what is meant (torch/library.py, impl)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+
+
 def dispatch_key(device: str) -> str:
     """Return the name of the dispatch key of a device type (torch/library.py uses the same)."""
     return str(torch._C._dispatch_key_for_device(device))
@@ -154,3 +363,133 @@ def dispatch_key(device: str) -> str:
 def privateuse_name() -> str:
     """Return the name under which PrivateUse1 goes now."""
     return str(torch._C._get_privateuse1_backend_name())
+
+
+# ---------------------------------------------------------------- torch.vmap
+# torch/library.py (register_vmap) and torch/_functorch/autograd_function.py do the same with the same names. They
+# go when torch's register_vmap takes ops with keyword-only tensors.
+
+
+def vmap_level() -> tuple[int, Any, str]:
+    """Return the level, the batch size and the randomness of the innermost torch.vmap in force."""
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    return interpreter.level(), interpreter.batch_size(), interpreter.randomness()
+
+
+def unbatched(tensor: Tensor, level: int) -> tuple[Tensor, int | None]:
+    """Return a tensor without the wrapper of a vmap level, and its batched dimension, None without a wrapper."""
+    return torch._C._functorch._unwrap_batched(tensor, level)
+
+
+def batched(tensor: Tensor, dim: int, level: int) -> Tensor:
+    """Return a tensor as one of whose dimensions a vmap level is over."""
+    return torch._C._functorch._add_batch_dim(tensor, dim, level)
+
+
+def below_vmap() -> Any:
+    """Have ops called inside go to what stands below the innermost torch.vmap."""
+    key = torch._C.DispatchKey
+    keys = torch._C.DispatchKeySet(key.FuncTorchBatched) | torch._C.DispatchKeySet(key.FuncTorchVmapMode)
+    return torch._C._ExcludeDispatchKeyGuard(keys)
+
+
+def is_plain(values: Sequence[Any]) -> bool:
+    """Whether all tensors have data to look at: no wrappers, no tracing, no mode and no graph being captured."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    for value in values:
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(one, Tensor):
+                continue
+            if type(one) not in (Tensor, torch.nn.Parameter) or one.device.type == "meta":
+                return False
+            if torch._C._functorch.is_functorch_wrapped_tensor(one) or one.layout is not torch.strided:
+                return False
+            if one.is_cuda and is_capturing():
+                return False
+    return True
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured, which takes in whatever runs."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+# ---------------------------------------------------------------- torch.autocast
+
+
+def below_autocast(device_type: str) -> Any:
+    """Have ops called inside run without autocast on a device type (torch/_library/custom_ops.py does the same)."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{dispatch_key(device_type)}")
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of another one."""
+    return tensor._is_view()
+
+
+def autocast_region() -> Callable[[], object]:
+    """Return what gives None once the outermost autocast region in force has ended.
+
+    torch keeps the casts of weights until then (at::autocast::cached_cast, clear_cache), and tells nobody. So
+    this has it cast a weight of its own, and watches that cast go. Where it does not see the cast, the answer is
+    None at once, and nothing is kept. Drop this when torch offers cached_cast in Python.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        product = torch.mm(_weight(), _weight())
+    cast = getattr(product.grad_fn, "_saved_self", None)
+    return (lambda: None) if cast is None else weakref.ref(cast)
+
+
+@functools.cache
+def _weight() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(1, 1, device="cpu", requires_grad=True)
+
+
+# ---------------------------------------------------------------- DTensor
+
+
+def register_sharding(overload: Any, rule: Callable[..., Any], static: int, named: Sequence[str]) -> None:
+    """Give DTensor the sharding rule of an overload.
+
+    `torch.distributed.tensor.experimental.register_sharding` keeps the decision for all calls with the same integers:
+    it would serve another dtype, flag or placement of a keyword-only tensor an old one (derive_schema_info in
+    torch/distributed/tensor/experimental/_register_sharding.py). So the arguments from `static` on and those `named`
+    are told to count.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+    from torch.distributed.tensor.experimental import register_sharding
+
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    if overload in propagator.op_strategy_funcs:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()  # of what was decided by the rule before
+    register_sharding(overload)(rule)
+    propagator.op_to_schema_info[overload] = RuntimeSchemaInfo(static, list(named) or None, needs_pytree=True)
+
+
+def forget_sharding(overload: Any) -> None:
+    """Take back what `register_sharding` did."""
+    propagator = torch.distributed.tensor.DTensor._op_dispatcher.sharding_propagator
+    propagator.op_strategy_funcs.pop(overload, None)
+    propagator.op_to_schema_info.pop(overload, None)
+
+
+def outside_modes() -> Any:
+    """Have ops called inside see real tensors, whatever is traced, mapped or differentiated around them.
+
+    They are dispatched as in a fresh thread (c10/core/DispatchKeySet.h: default_included_set, default_excluded_set).
+    torch/utils/_mode_utils.py (no_dispatch) is not enough, as a level of torch.func brings modes back.
+    """
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    included = keys(key.BackendSelect) | keys(key.ADInplaceOrView)
+    excluded = functools.reduce(
+        lambda a, b: a | b, (keys(getattr(key, name)) for name in dir(key) if name.startswith("Autocast"))
+    )
+    return torch._C._ForceDispatchKeyGuard(included, excluded)

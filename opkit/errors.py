@@ -4,6 +4,7 @@ Each class also derives from the builtin that a caller would catch:
 
     OpkitError
     ├── SchemaError(TypeError)            a declaration cannot become an op
+    ├── ArgumentError(ValueError)         a call has a value that the declaration excludes
     ├── ShapeError(ValueError)            a shape line is wrong, or a call does not fit it
     ├── DtypeError(TypeError)             a call has a tensor of another dtype than declared
     ├── DeviceError(RuntimeError)         a call has tensors on several devices
@@ -14,6 +15,7 @@ Each class also derives from the builtin that a caller would catch:
     ├── BackendError(LookupError)         a backend was asked for that nobody registered
     ├── NoKernelError(NotImplementedError)  no kernel of the op can take this call
     ├── GradientError(RuntimeError)       differentiating the op is impossible or its formula is wrong
+    ├── VmapError(RuntimeError)           torch.vmap of the op is impossible or its rule is wrong
     ├── BuildError(RuntimeError)          native code did not compile or load
     └── ConfigError(ValueError)           an environment variable has a value opkit does not know
 
@@ -44,6 +46,10 @@ class SchemaError(OpkitError, TypeError):
     """You declared an op whose name or signature cannot become a torch schema."""
 
 
+class ArgumentError(OpkitError, ValueError):
+    """You called an op with a value that is none of those its annotation names."""
+
+
 class ShapeError(OpkitError, ValueError):
     """You wrote a shape line that cannot be understood, or called an op with other sizes."""
 
@@ -57,7 +63,7 @@ class DeviceError(OpkitError, RuntimeError):
 
 
 class OutputError(OpkitError, RuntimeError):
-    """Your kernel returned another shape, dtype or device than declared, or an alias."""
+    """Your kernel returned another shape, dtype or device than declared, or an alias, or wrote into an argument."""
 
 
 class DuplicateOpError(OpkitError, ValueError):
@@ -84,6 +90,10 @@ class NoKernelError(OpkitError, NotImplementedError):
 
 class GradientError(OpkitError, RuntimeError):
     """You differentiated an op that has no formula, or its formula returned the wrong gradients."""
+
+
+class VmapError(OpkitError, RuntimeError):
+    """You mapped an op in a way that cannot be right, or its vmap rule does not fit it."""
 
 
 @dataclass(frozen=True)

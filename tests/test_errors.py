@@ -9,11 +9,12 @@ import opkit
 from opkit import errors
 
 TREE = {
-    "SchemaError": TypeError, "ShapeError": ValueError, "DtypeError": TypeError, "OutputError": RuntimeError,
+    "SchemaError": TypeError, "ArgumentError": ValueError,
+    "ShapeError": ValueError, "DtypeError": TypeError, "OutputError": RuntimeError,
     "DuplicateOpError": ValueError, "OpNotFoundError": KeyError, "RegistrationError": ValueError,
     "BackendError": LookupError,
     "NoKernelError": NotImplementedError, "GradientError": RuntimeError, "BuildError": RuntimeError,
-    "DeviceError": RuntimeError, "ConfigError": ValueError,
+    "DeviceError": RuntimeError, "ConfigError": ValueError, "VmapError": RuntimeError,
 }  # fmt: skip
 
 

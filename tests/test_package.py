@@ -112,9 +112,9 @@ def test_unknown_name_raises_attribute_error():
 # ---------------------------------------------------------------- arrows point down
 
 RANKS = (
-    ("__main__",), ("cli",), ("plugins",), ("bench", "testing"), ("_op",), ("_registry",), ("transforms",),
-    ("dispatch",), ("cpp",),
-    ("spec",), ("_torch", "_torch_build"), ("_sources",), ("errors", "_config"),
+    ("__main__",), ("cli",), ("plugins",), ("bench", "testing"), ("_adopt",), ("_declare",), ("_op",), ("_registry",),
+    ("transforms",), ("dispatch",), ("cpp",),
+    ("spec",), ("_torch", "_torch_build", "_torch_compile"), ("_sources",), ("errors", "_config"),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 RANK["_config"] = RANK["errors"] - 0.5  # it raises ConfigError
@@ -157,7 +157,7 @@ def test_arrows_point_down(path):
     up = {m for m in imports_of(ast.parse(path.read_text())) if RANK[room_of(m)] < RANK[own]}
     assert not up
     beside = {m for m in imports_of(ast.parse(path.read_text())) if RANK[room_of(m)] == RANK[own]}
-    assert {room_of(m) for m in beside} <= {own, "_torch", "_torch_build"}
+    assert {room_of(m) for m in beside} <= {own, "_torch", "_torch_build", "_torch_compile"}
 
 
 def private_names_of_torch(tree: ast.AST) -> set[str]:

@@ -195,12 +195,6 @@ def test_kernel_registered_through_torch_is_respected(op):
         library._destroy()
 
 
-def test_torch_func_over_a_formula_names_the_op(op):
-    op.register_autograd(opkit.from_reference)
-    with pytest.raises(opkit.GradientError, match="differentiating t::scale with torch.func"):
-        torch.func.grad(lambda x: op(x, T[0]).sum())(T)
-
-
 def test_attributes_of_the_function_do_not_replace_those_of_the_op():
     def f(x: Tensor) -> Tensor:
         return x * 1

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -186,3 +188,107 @@ def test_addition_waits_for_its_op_and_is_applied_again_on_redefinition():
     assert seen == [first, second, second]
     with pytest.raises(opkit.SchemaError):
         _registry.when_defined("f", seen.append)
+
+
+def test_removed_definition_leaves_a_later_one_alone():
+    """torch's Library takes its names out of the books once more when it is collected."""
+    old = define()._library
+    kept = define(2)
+    assert kept._library is not old
+    del old
+    gc.collect()
+    assert torch.ops.t.f.default is kept.overload
+    assert "t::f" in torch.library._defs
+
+
+def books() -> dict[str, set[str]]:
+    """What torch keeps of ops under the names of the tests."""
+    schemas = sys.modules.get("torch.fx.operator_schemas")
+    signatures = {name for name, _ in schemas._SCHEMA_TO_SIGNATURE_CACHE} if schemas else set()
+    registered = torch._library.simple_registry.singleton._data
+    return {
+        "dispatcher": {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("t::")},
+        "torch.ops": {n for n in vars(torch.ops.t) if n in ("left", "pair")},
+        "definitions": {n for n in torch.library._defs if n.startswith("t::")},
+        "kernels": {n for n in torch.library._impls if n.startswith("t/")},
+        "signatures": {n for n in signatures if n.startswith("t::")},
+        "meta functions": {n for n, e in registered.items() if n.startswith("t::") and e.fake_impl.kernel},
+    }
+
+
+def test_removed_op_leaves_nothing_behind_in_torch():
+    @opkit.op("t::left", shapes="n -> n")
+    def left(x: Tensor) -> Tensor:
+        return x + 1
+
+    @opkit.op("t::pair", mutates_args=("y",))
+    def pair(x: Tensor, y: Tensor) -> None:
+        y.copy_(x)
+
+    left.register_autograd(opkit.from_reference)
+    left.register_kernel("cpu", lambda x: x + 1)
+    with opkit.use_backend("python"):
+        torch.compile(lambda x: left(x), fullgraph=True, backend="aot_eager")(T)
+    torch.library.opcheck(left.overload, (T,))
+    full = books()
+    assert all("t::left" in full[name] for name in ("dispatcher", "definitions", "meta functions"))
+    _registry.remove("t::left")
+    _registry.remove("t::pair")
+    assert books() == {name: set() for name in full}
+    assert not [name for name in opkit.list_ops() if name.startswith("t::")]
+
+
+def test_op_that_is_defined_again_with_another_signature_goes_through_opcheck():
+    def make(k):
+        def f(x, y): ...
+
+        f.__annotations__ = {"x": Tensor, "y": k, "return": Tensor}
+        op = opkit.op("t::f")(f)
+        op.register_fake(lambda x, y: torch.empty_like(x))
+        op.register_kernel("cpu", lambda x, y: x * 2)
+        return op
+
+    torch.library.opcheck(make(int).overload, (T, 3))
+    torch.library.opcheck(make(Tensor).overload, (T, T))
+
+
+def test_state_dict_of_a_module_that_holds_an_op_loads_with_weights_only(tmp_path):
+    op = define()
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.op, self.weight = op, torch.nn.Parameter(torch.ones(2))
+
+    layer = Layer()
+    torch.save(layer.state_dict(), tmp_path / "state.pt")
+    layer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert layer.op is op
+
+
+def test_spawned_worker_has_the_ops_of_the_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import multiprocessing, opkit, torch
+
+@opkit.op("t::script", shapes="n -> n")
+def script(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+declared = opkit.declare("t::declared(Tensor x) -> Tensor", shapes="n -> n")
+declared.register_kernel("cpu", lambda x: x + 2)
+adopted = opkit.adopt("aten::relu")
+
+def work(ops, queue):
+    queue.put([op(torch.ones(2)).tolist() for op in ops])
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    worker = context.Process(target=work, args=([script, declared, adopted], queue))
+    worker.start()
+    print(queue.get(timeout=60))
+    worker.join()
+""")
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert run.stdout.strip() == "[[2.0, 2.0], [3.0, 3.0], [1.0, 1.0]]", run.stderr

@@ -88,6 +88,7 @@ def cross_entropy_backward(
 
 cross_entropy.register_autograd(cross_entropy_backward, saves=("logits", "target", "lse"))
 cross_entropy_backward.register_autograd(opkit.from_reference)
+cross_entropy.register_jvp(opkit.from_reference)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 for _op in (cross_entropy, cross_entropy_backward):

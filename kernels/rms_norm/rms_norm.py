@@ -89,6 +89,7 @@ def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, eps: float = 1e
 
 rms_norm.register_autograd(rms_norm_backward, saves=("x", "weight", "eps"), non_differentiable=("rstd",))
 rms_norm_backward.register_autograd(opkit.from_reference)
+rms_norm.register_jvp(opkit.from_reference)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 for _op in (rms_norm, rms_norm_backward):

@@ -73,6 +73,7 @@ def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> SwiGLUGradients
 
 swiglu.register_autograd(swiglu_backward, saves=("gate", "up"))
 swiglu_backward.register_autograd(opkit.from_reference)
+swiglu.register_jvp(opkit.from_reference)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 for _op in (swiglu, swiglu_backward):

@@ -41,6 +41,8 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return grad, grad
 
 
+vector_add.register_jvp(opkit.from_reference)
+
 # On the CPU, float16 is left to the reference: torch converts it with an instruction that no loop here gets.
 vector_add.register_kernel(
     "cpu",

@@ -77,7 +77,7 @@ def source_file(name: str, path: Path) -> Path:
 
 
 def _entries(doing: str, name: str, value: Any, kinds: tuple[type, ...], what: str) -> tuple[Any, ...]:
-    if value is None:
+    if value is None or value == ():
         return ()
     if isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Iterable):
         raise BuildError(

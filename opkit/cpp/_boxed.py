@@ -15,6 +15,7 @@ from opkit.spec.schema import Schema, ValueType
 _STABLE = {
     "Tensor": "torch::stable::Tensor",
     "SymInt": "int64_t",
+    "int": "int64_t",
     "float": "double",
     "bool": "bool",
     "str": "std::string",
@@ -26,6 +27,11 @@ _ATEN = _STABLE | {
     "str": "c10::string_view",
     "ScalarType": "at::ScalarType",
     "Device": "at::Device",
+    "complex": "c10::complex<double>",
+    "Scalar": "at::Scalar",
+    "Layout": "at::Layout",
+    "MemoryFormat": "at::MemoryFormat",
+    "Generator": "at::Generator",
 }
 _BLOCK = re.compile(r"^[ \t]*(?:STABLE_)?TORCH_LIBRARY(?:_IMPL|_FRAGMENT)?[ \t]*\(", re.MULTILINE)
 
@@ -51,7 +57,16 @@ def refuse_registrations(text: str, schema: Schema) -> None:
 
 def stable_unit(kernel: str, symbol: str, schema: Schema) -> str:
     """Return the translation unit of a stable kernel: `kernel`, its text or an #include of it, then the glue."""
-    arguments = ", ".join(_cpp(p.type, _STABLE) for p in schema.params)
+    named = [(p.name, p.type) for p in schema.params] + [(r.name, r.type) for r in schema.results]
+    for name, value_type in named:
+        if value_type.base not in _STABLE:
+            raise BuildError(
+                f"building {schema.name}: {name} is {value_type}, which opkit does not pass to a stable kernel; "
+                f"expected {', '.join(_STABLE)}. Write it in the aten tier, with ATen's headers.",
+                op=schema.name,
+            )
+    arguments = [_cpp(p.type, _STABLE) for p in schema.params]
+    results = [_cpp(r.type, _STABLE) for r in schema.results]
     return f"""#define OPKIT_OP "{schema.name}"
 {kernel}
 #include <torch/csrc/stable/library.h>
@@ -61,6 +76,7 @@ def stable_unit(kernel: str, symbol: str, schema: Schema) -> str:
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 namespace opkit_glue {{
 template <class F> struct Signature;
@@ -71,17 +87,37 @@ template <class R, class... A> struct Signature<R (*)(A...)> {{
 }}
 #line 1 "opkit glue of {schema.namespace}.{schema.opname}"
 using opkit_signature = opkit_glue::Signature<decltype(&::{symbol})>;
-static_assert(std::is_same_v<opkit_signature::arguments, std::tuple<{arguments}>>, "other arguments");
+static_assert(std::is_same_v<opkit_signature::arguments, std::tuple<{", ".join(arguments)}>>, "other arguments");
 static_assert(std::is_same_v<opkit_signature::result, {_result(schema, _STABLE)}>, "another result");
 extern "C" __attribute__((visibility("default"))) void opkit_call(
-    uint64_t* stack, uint64_t arguments, uint64_t results) {{
+    StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {{
   try {{
-    TORCH_BOX(&::{symbol})(reinterpret_cast<StableIValue*>(stack), arguments, results);
+{_boxed_call(symbol, arguments, results)}
   }} catch (const std::exception& error) {{
     throw std::runtime_error(std::string(OPKIT_OP ": ") + error.what());
   }}
 }}
 """
+
+
+def _boxed_call(symbol: str, arguments: list[str], results: list[str]) -> str:
+    """Return what TORCH_BOX does, written out: as templates it takes a tenth of compiling a small kernel."""
+    lines = [
+        f"auto opkit_{i} = torch::stable::detail::to<{type_}>(stack[{i}]);"
+        for i, type_ in enumerate(arguments)
+    ]
+    call = f"::{symbol}({', '.join(f'opkit_{i}' for i in range(len(arguments)))})"
+    if not results:
+        lines.append(f"{call};")
+    elif len(results) == 1:
+        lines.append(f"stack[0] = torch::stable::detail::from<{results[0]}>({call});")
+    else:
+        lines.append(f"auto opkit_results = {call};")
+        lines += [
+            f"stack[{i}] = torch::stable::detail::from<{type_}>(std::move(std::get<{i}>(opkit_results)));"
+            for i, type_ in enumerate(results)
+        ]
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def aten_unit(kernel: str, symbol: str, schema: Schema) -> str:
@@ -128,5 +164,7 @@ def _cpp(t: ValueType, names: dict[str, str]) -> str:
 def _written(t: ValueType, names: dict[str, str]) -> str:
     text = _cpp(t, names)
     return (
-        text if t.base in ("SymInt", "float", "bool") and not (t.is_list or t.optional) else f"const {text}&"
+        text
+        if t.base in ("SymInt", "int", "float", "bool") and not (t.is_list or t.optional)
+        else f"const {text}&"
     )

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-_INCLUDE = re.compile(
-    rb"""(?:^[ \t]*\#[ \t]*(?:include|include_next|import|embed)|__has_(?:include|embed)[ \t]*\()[ \t]*"""
-    rb"""(?:"(?P<quoted>[^"\n]+)"|<(?P<angled>[^>\n]+)>|(?P<computed>[A-Za-z_]\w*))""",
-    re.MULTILINE,
-)
+_NAME = rb"""[ \t]*(?:"(?P<quoted>[^"\n]+)"|<(?P<angled>[^>\n]+)>|(?P<computed>[A-Za-z_]\w*))"""
+# They begin with what is rare, which is found much faster than every beginning of a line.
+_INCLUDE = re.compile(rb"\#[ \t]*(?:include|include_next|import|embed)" + _NAME)
+_HAS_INCLUDE = re.compile(rb"__has_(?:include|embed)[ \t]*\(" + _NAME)
 _PATH_FLAGS = ("-I", "-isystem", "-iquote", "-idirafter", "--include-path")
 _FILE_FLAGS = ("-include", "-imacros", "--pre-include", "--include")
 _PATH_VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH")
@@ -39,16 +38,13 @@ class Scan:
     def add_text(self, text: str | bytes, spelling: str, folder: Path | None = None) -> None:
         """Take in a source text that is, or will be, in `folder`."""
         content = text.encode() if isinstance(text, str) else text
-        self.contents.append((spelling, hashlib.sha256(content).hexdigest()))
+        self.contents.append((spelling, hashlib.blake2b(content, digest_size=16).hexdigest()))
         self.declares = self.declares or b"extern" in content or b"asm" in content
         for found in _INCLUDE.finditer(content):
-            if found["computed"]:
-                self.is_computed = True
-                continue
-            name = os.fsdecode(found["quoted"] or found["angled"])
-            self.spellings.add(name)
-            here = [folder] if folder and found["quoted"] else []
-            self._add_included(name, [*here, *self.folders])
+            if not content[content.rfind(b"\n", 0, found.start()) + 1 : found.start()].strip(b" \t"):
+                self._add_included(found, folder)
+        for found in _HAS_INCLUDE.finditer(content):
+            self._add_included(found, folder)
 
     def add_file(self, path: Path, spelling: str) -> None:
         """Take in a source file and, transitively, what it includes."""
@@ -57,11 +53,16 @@ class Scan:
             self.files.add(path)
             self.add_text(path.read_bytes(), spelling, path.parent)
 
-    def _add_included(self, name: str, folders: Iterable[Path]) -> None:
-        for folder in folders:
-            path = folder / name
-            if path.is_file():
-                self.add_file(path, name)
+    def _add_included(self, found: re.Match[bytes], folder: Path | None) -> None:
+        if found["computed"]:
+            self.is_computed = True
+            return
+        name = os.fsdecode(found["quoted"] or found["angled"])
+        self.spellings.add(name)
+        here = [folder] if folder and found["quoted"] else []
+        for searched in (*here, *self.folders):
+            if os.path.isfile(os.path.join(searched, name)):
+                self.add_file(searched / name, name)
                 return
 
 

@@ -75,7 +75,7 @@ class Manifest:
             files = [Record(*record) for record in data["files"]]
             depends = [Record(*record) for record in data["depends"]]
             for file in files:
-                if not is_plain(file.path) or file.path == NAME:
+                if file.path == NAME or not is_plain(file.path):
                     raise ValueError(f"it lists {file.path!r}, which is no plain file name")
                 if not _SHA256.fullmatch(file.sha256) or not isinstance(file.size, int):
                     raise ValueError(f"it lists {file.path!r} without a size and a sha256")

@@ -1,7 +1,7 @@
 """Native entry points as private ops of torch's dispatcher, through torch's C shim.
 
-Every library gets a name of its own, so that an edited kernel never meets the old one. It stays loaded
-for as long as somebody holds what `register` returned.
+Every library gets a name of its own, and stays loaded for as long as somebody holds what `register`
+returned.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import _ctypes
 import ctypes
 import functools
-import hashlib
+import itertools
 import os
+import re
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,11 +22,12 @@ from typing import Any
 import torch
 
 from opkit import _torch
-from opkit.cpp import compilers, diagnostics
+from opkit.cpp import diagnostics
 from opkit.errors import BuildError
 from opkit.spec.schema import Schema
 
 _NAMESPACE = "_opkit_native"
+_LENGTH = re.compile(r"\[\d+\]")  # torch's C++ knows a list of fixed length as any other
 _ABI = 0x020A000000000000  # torch 2.10, the version whose stack layout glue.h reads
 
 DTYPES = {
@@ -52,14 +55,22 @@ DTYPES = {
 }
 """The dtypes of opkit/kernel.h with their numbers, named as torch's C shim names them."""
 
+_THREADS = (b"pthread_create", b"_ZNSt6thread")
+_REGISTER = ctypes.CFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t
+)
+_UNREGISTER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
 _loaded: weakref.WeakValueDictionary[tuple[str, str, str], Loaded] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
+_numbers = itertools.count()  # of libraries, so that an edited kernel never meets the old one
 
 
 class Loaded:
     """A library's entry point as a private op of torch, until nobody holds this."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, name: str, call: Callable[..., Any]) -> None:
+        self.name = name
         self.call = call
 
 
@@ -87,12 +98,13 @@ def register(path: Path, schema: Schema, device: str, *, with_outputs: bool, unl
 
 
 def _define(path: Path, schema: Schema, declaration: str, device: str, unload: bool) -> Loaded:
-    shim = _shim()
+    shim = _shim(schema)
     try:
-        opened = ctypes.CDLL(str(path))
-        boxed = getattr(opened, "opkit_call", None)
-        entry = boxed or opened.opkit_register
-    except (OSError, AttributeError) as err:
+        # Without ctypes.CDLL, which makes a class for every library.
+        handle = _ctypes.dlopen(str(path), ctypes.DEFAULT_MODE)
+        boxed = _find_symbol(handle, "opkit_call")
+        entry = boxed or _ctypes.dlsym(handle, "opkit_register")
+    except OSError as err:
         if "libtorch_cuda.so" in str(err) and torch.version.cuda is None:
             raise BuildError(
                 f"loading the kernel of {schema.name} from {path}: it is compiled with nvcc and needs "
@@ -108,94 +120,129 @@ def _define(path: Path, schema: Schema, declaration: str, device: str, unload: b
             f"{torch.__version__}. Remove the folder {path.parent} to have it built again.",
             op=schema.name,
         ) from err
-    digest = hashlib.sha256(f"{path}{declaration}{device}".encode()).hexdigest()[:16]
-    name = f"{schema.namespace}__{schema.opname}_{digest}"
-    library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-    library.define(name + declaration)
-    dispatch_key = _torch.dispatch_key(device).encode()
+    name = f"{schema.namespace}__{schema.opname}_{next(_numbers)}"
+    origin, dispatch_key = os.fsencode(path), _key(schema, device).encode()
+    fragment, kernels = ctypes.c_void_p(), ctypes.c_void_p()
+    shim.aoti_torch_library_init_fragment(_NAMESPACE.encode(), origin, 1, ctypes.byref(fragment))
+    if shim.aoti_torch_library_def(fragment, f"{name}{declaration}".encode()):
+        shim.aoti_torch_delete_library_object(fragment)
+        raise BuildError(
+            f"loading the kernel of {schema.name} from {path}: torch refused the schema {declaration}. Expected one "
+            "that it parses. Correct the op's schema.",
+            op=schema.name,
+        )
     if boxed is not None:
-        handle = ctypes.c_void_p()
-        pointer = ctypes.cast(entry, ctypes.c_void_p)
         status = shim.aoti_torch_library_init_impl(
-            _NAMESPACE.encode(), dispatch_key, str(path).encode(), 1, ctypes.byref(handle)
+            _NAMESPACE.encode(), dispatch_key, origin, 1, ctypes.byref(kernels)
         )
         if not status:
-            status = shim.torch_library_impl(handle, name.encode(), pointer, _ABI)
+            status = shim.torch_library_impl(kernels, name.encode(), boxed, _ABI)
         if status:
-            _torch.destroy(library)
+            shim.aoti_torch_delete_library_object(fragment)
             raise BuildError(
                 f"loading the kernel of {schema.name} from {path}: torch refused it for the device {device}. "
                 "Expected a device whose kernels torch's C shim registers: cpu, cuda or a plugin's.",
                 op=schema.name,
             )
-        withdraw = functools.partial(shim.aoti_torch_delete_library_object, handle)
+        withdraw = functools.partial(shim.aoti_torch_delete_library_object, kernels)
     else:
         said = ctypes.create_string_buffer(4096)
-        entry.restype = ctypes.c_void_p
-        registered = entry(_NAMESPACE.encode(), name.encode(), dispatch_key, said, len(said))
+        registered = _REGISTER(entry)(_NAMESPACE.encode(), name.encode(), dispatch_key, said, len(said))
         if not registered:
-            _torch.destroy(library)
+            shim.aoti_torch_delete_library_object(fragment)
             text = said.value.decode(errors="replace").strip()
             raise BuildError(
                 f"loading the kernel of {schema.name} from {path}: torch refused its function for the device "
                 f"{device}:\n{text}\nExpected a function of the op's schema {schema}. Correct its parameters.",
                 op=schema.name,
             )
-        withdraw = functools.partial(opened.opkit_unregister, ctypes.c_void_p(registered))
-    loaded = Loaded(getattr(getattr(torch.ops, _NAMESPACE), name).default)
-    # A thread that the kernel has started would go on in code that is gone.
-    keeps = not unload or any(name in path.read_bytes() for name in (b"pthread_create", b"_ZNSt6thread"))
-    library_handle = None if keeps else opened._handle
-    end = weakref.finalize(loaded, _unload, name, withdraw, library, library_handle)
+        withdraw = functools.partial(_UNREGISTER(_ctypes.dlsym(handle, "opkit_unregister")), registered)
+    qualified = f"{_NAMESPACE}::{name}"
+    loaded = Loaded(qualified, _torch.overload(qualified))
+    undefine = functools.partial(shim.aoti_torch_delete_library_object, fragment)
+    end = weakref.finalize(loaded, _unload, name, withdraw, undefine, handle if unload else None, path)
     end.atexit = False  # torch may be gone by then
     return loaded
 
 
-def _unload(name: str, withdraw: Callable[[], Any], library: Any, handle: int | None) -> None:
+def _key(schema: Schema, device: str) -> str:
+    """Return the dispatch key of the private op: one that also takes calls without a tensor, if there may be some."""
+    tensors = [p.type for p in schema.params if p.type.is_tensor and not p.type.optional]
+    return _torch.dispatch_key(device) if tensors else "CompositeExplicitAutograd"
+
+
+def _find_symbol(handle: int, name: str) -> int | None:
+    try:
+        return _ctypes.dlsym(handle, name)
+    except OSError:
+        return None
+
+
+def _unload(
+    name: str, withdraw: Callable[[], Any], undefine: Callable[[], Any], handle: int | None, path: Path
+) -> None:
     """Take the private op out of torch, then unmap the library."""
     with _lock:
         withdraw()
-        _torch.destroy(library)
+        undefine()
         vars(getattr(torch.ops, _NAMESPACE)).pop(name, None)
-        if handle is not None:
+        if handle is not None and not _may_start_threads(path):
             _ctypes.dlclose(handle)
+
+
+def _may_start_threads(path: Path) -> bool:
+    """Whether a thread that the library has started could go on in code that is gone."""
+    try:
+        content = path.read_bytes()
+    except OSError:  # the cache was removed
+        return True
+    return any(word in content for word in _THREADS)
 
 
 def _lowered(schema: Schema, *, with_outputs: bool) -> str:
     """Return the private op's arguments and results: all positional, int for SymInt."""
-    params = [f"{str(p.type).replace('SymInt', 'int')} {p.name}" for p in schema.params]
+    params = [f"{_LENGTH.sub('[]', str(p.type)).replace('SymInt', 'int')} {p.name}" for p in schema.params]
     if with_outputs:
-        params += [f"Tensor opkit_out{i}" for i in range(len(schema.results))]
+        params += [f"{r.type} opkit_out{i}" for i, r in enumerate(schema.results)]
         return f"({', '.join(params)}) -> ()"
     return f"({', '.join(params)}) -> ({', '.join(str(r.type) for r in schema.results)})"
 
 
-@functools.cache
-def _shim() -> ctypes.CDLL:
-    """Return torch's C shim, once its numbers for dtypes are known to be those of kernel.h."""
-    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+def _open_shim() -> ctypes.CDLL:
     library = ctypes.CDLL("libtorch_cpu.so")  # by its name: torch has loaded it, so no file is opened
-    library.torch_library_impl.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64]
-    library.aoti_torch_delete_library_object.argtypes = [ctypes.c_void_p]
-    library.aoti_torch_library_init_impl.argtypes = [
-        ctypes.c_char_p,
-        ctypes.c_char_p,
-        ctypes.c_char_p,
-        ctypes.c_uint32,
-        ctypes.c_void_p,
-    ]
-    stat = os.stat(path)
-    compilers.known(("dtypes", path, stat.st_size, stat.st_mtime_ns, DTYPES), lambda: _agreed(library))
+    pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint32
+    library.aoti_torch_library_init_fragment.argtypes = [text, text, number, pointer]
+    library.aoti_torch_library_def.argtypes = [pointer, text]
+    library.aoti_torch_library_init_impl.argtypes = [text, text, text, number, pointer]
+    library.torch_library_impl.argtypes = [pointer, text, pointer, ctypes.c_uint64]
+    library.aoti_torch_delete_library_object.argtypes = [pointer]
     return library
 
 
-def _agreed(shim: ctypes.CDLL) -> str:
-    """Compare torch's numbers for dtypes with those of kernel.h."""
+def _find_other_number(shim: ctypes.CDLL) -> str | None:
+    """Return a dtype whose number is another one in torch than in kernel.h, or None."""
     for name, number in DTYPES.items():
         ask = getattr(shim, f"aoti_torch_dtype_{name}", None)  # torch 2.11 cannot tell the newest dtypes
         if ask is not None and ask() != number:
-            raise BuildError(
-                f"loading a native kernel: torch {torch.__version__} has another number for {name} than "
-                "opkit/kernel.h. This opkit supports torch 2.11 to 2.15; install a newer opkit."
-            )
-    return "agreed"
+            return name
+    return None
+
+
+if sys.platform.startswith("linux"):  # elsewhere nothing is built
+    _SHIM = _open_shim()
+    _other = _find_other_number(_SHIM)
+
+
+def _shim(schema: Schema) -> ctypes.CDLL:
+    """Return torch's C shim.
+
+    Raises:
+        BuildError: its numbers for dtypes are not those of kernel.h.
+    """
+    if _other:
+        raise BuildError(
+            f"loading the kernel of {schema.name}: torch {torch.__version__} has another number for {_other} than "
+            "opkit/kernel.h. Expected torch 2.11 to 2.15. Install a newer opkit.",
+            op=schema.name,
+        )
+    return _SHIM

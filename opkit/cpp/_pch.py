@@ -1,31 +1,37 @@
-"""Torch's headers, read once: precompiled, kept in the cache, found before torch's own by an include folder.
+"""Torch's headers, read once: precompiled and kept in the cache.
 
 gcc takes a precompiled header only where it comes first in the source and every macro that it depends
 on is the same; otherwise it reads the header itself. So what is here decides how long a build takes
 and not what comes out. Nothing is written beside torch's files.
+
+In the aten tier the headers are found before torch's own by an include folder (`place`). In the stable
+tier, what a unit includes before it says anything else is what is precompiled (`Beginning`).
 
 `torch/extension.h` is first tried without torch's C++ frontend, which is most of it and which
 kernels do not use; a source that does not compile so is compiled with the whole. What `load_inline`
 compiles is first tried with opkit/python.h, which is torch/types.h and what binds functions without pybind11.
 
 Precompiling takes longer than any one build: the first build with some flags does without, the
-second prepares the header, all later ones use it. `prepare` does it ahead.
+second prepares the header, all later ones use it. `prepare` does it ahead for the aten tier.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from opkit import _torch_build
-from opkit.cpp import _includes, cache, compilers, diagnostics
+from opkit.cpp import _depfile, _includes, cache, compilers, diagnostics
 from opkit.cpp._progress import building
 from opkit.errors import BuildError
 
@@ -35,7 +41,7 @@ PLAIN_FLAGS = ("-O3", "-DNDEBUG")
 
 BINDING = "opkit/python.h"
 
-_FORMAT = 1
+_FORMAT = 2
 _HOPELESS = "failed"
 # torch/all.h and torch/python.h without torch/{nn,optim,data,jit,serialize}.h
 _NARROW = """\
@@ -80,6 +86,26 @@ _FRONTEND = re.compile(r"\b(?:nn|optim|data|jit|serialize)::|\bTORCH_MODULE\b|\b
 # Words that are no part of what a precompiled header is: gcc compares the macros itself.
 _UNRELATED = ("-D", "-U", "-W")
 _TAKES_VALUE = ("-D", "-U")
+_STABLE = "torch/csrc/stable/"
+# With these it shows in what the compiler says whether a header was precompiled.
+_SHOWING = ("invalid-pch", "-Wsystem-headers")
+_READ = "read.txt"  # beside a precompiled header: the files that it was made of
+_FOLDER = "opkit_headers"  # in that of the unit, where no #include of the user's looks for such a name
+# What may stand among a unit's first #includes and does nothing to them: space, comments, and lines of opkit's own.
+_NOTHING = re.compile(
+    r"""\s | //[^\n]* | /\*.*?\*/
+      | \#[ \t]*(?:line[ \t]|pragma[ \t]+once\b|define[ \t]+OPKIT_)[^\n]*""",
+    re.DOTALL | re.VERBOSE,
+)
+_FIRST = re.compile(r"""\#[ \t]*include[ \t]*(?:<([^>\n]+)>|"([^"\n]+)")""", re.VERBOSE)
+# What includes to no effect what is included already: torch's and the standard's, but for all that is known no other.
+_GUARDED = re.compile(
+    r"torch/.+|\w+|Python\.h"
+    r"|(?:assert|ctype|errno|fenv|float|inttypes|limits|locale|math|setjmp|signal|std\w+|string|time|w?char|wctype)\.h"
+)
+_SPLICE = re.compile(r"\\[ \t\f\v\r]*\n")
+_FAILED_READING = re.compile(r"\bPCH\b|internal compiler error")
+_HIDDEN_FOLDERS = ("CPATH", "CPLUS_INCLUDE_PATH")
 
 
 def is_enough(texts: Iterable[str]) -> bool:
@@ -132,19 +158,16 @@ def place(
         _write(folder / header, text)
     if not _is_gcc(cxx) or any(word.startswith("@") for word in user_words):
         return
-    if list(words[len(words) - len(user_words) :]) != list(
-        user_words
-    ):  # something that shells or ninja expand
+    if list(words[len(words) - len(user_words) :]) != list(user_words):  # what shells or ninja expand
         return
     if _includes.included_files(user_words):  # then no header of the source's comes first
         return
     flags = _relevant(words, user_words)
     for header in sorted(set(headers) - ({NARROWED} - set(ours))):
-        precompiled = _precompiled(header, cxx, flags)
+        precompiled = _Header(header, _TEXTS[header], cxx, tuple(flags)).second()
         if precompiled and not _is_shadowed(precompiled, user_folders):
-            if (
-                header not in ours
-            ):  # where gcc does not take the precompiled one, it wants the header beside it
+            # Where gcc does not take the precompiled one, it wants the header beside it.
+            if header not in ours:
                 _write(folder / header, f"#include_next <{header}>\n")
             (folder / f"{header}.gch").symlink_to(precompiled)
 
@@ -177,68 +200,241 @@ def prepare(extra_cflags: Sequence[str] = (), headers: Sequence[str] = (BINDING,
         )
         words = _torch_build.cflags(Path(folder) / "build.ninja")
     user_words = shlex.split(" ".join(extra_cflags))
-    return [_obtain(header, cxx, _relevant(words, user_words)) for header in headers]
+    flags = tuple(_relevant(words, user_words))
+    return [_Header(header, _TEXTS[header], cxx, flags).obtain() for header in headers]
 
 
-def _precompiled(header: str, cxx: compilers.Compiler, flags: Sequence[str]) -> Path | None:
-    """Return the precompiled header from the second time on that it is asked for, unless it cannot be made."""
-    key = _key(header, cxx, flags)
-    asked = cache.root() / "headers" / key
-    try:
-        if not cache.find(f"{cache.slug(LABEL)}-{key}"):
-            asked.parent.mkdir(parents=True, exist_ok=True)
-            if not asked.exists() or asked.read_text() == _HOPELESS:
-                asked.touch()
-                return None
-        return _obtain(header, cxx, flags)
-    except OSError:  # the build itself says that the cache cannot be written
-        return None
-    except BuildError:  # no memory or no room for it; the build itself may have both
+@dataclass(frozen=True)
+class Beginning:
+    """The headers that a unit of the stable tier includes first, up to torch's, for gcc to have read already.
+
+    It is read ahead of the unit, which then includes each of them again, to no effect. They are the same
+    headers in the same order with nothing before them, so nothing changes for what follows.
+    """
+
+    header: _Header
+    user_folders: tuple[Path, ...]
+
+    @classmethod
+    def of(
+        cls,
+        text: str,
+        *,
+        cxx: compilers.Compiler,
+        words: Sequence[str],
+        user_words: Sequence[str],
+        user_folders: Sequence[Path],
+        system_folders: Sequence[Path],
+    ) -> Beginning | None:
+        """Return what `text`, a unit's, begins with; None where that is to be read as it stands.
+
+        Args:
+            text: the unit's text.
+            cxx: the compiler.
+            words: all flags that it gets; the caller's own at the end.
+            user_words: the caller's own flags.
+            user_folders: where the caller's headers are, those in `user_words` included.
+            system_folders: where torch's headers are.
+        """
+        if not _is_gcc(cxx) or any(
+            word.startswith("@") or any(part in word for part in _SHOWING) for word in user_words
+        ):
+            return None
+        if _includes.included_files(user_words):  # they come first
+            return None
+        names = first_headers(text, user_folders)
+        if not names:
+            return None
+        # __FILE__ in torch's headers, which its checks print.
+        homes = [f"{folder}/" for folder in (*system_folders, cxx.path.parent.parent)]
+        maps = [
+            word
+            for word in words[: len(words) - len(user_words)]
+            if word.startswith("-fmacro-prefix-map=")
+            and any(home.startswith(word.partition("=")[2].rpartition("=")[0]) for home in homes)
+        ]
+        flags = (*_relevant(words, user_words), *maps)
+        included = "".join(f"#include <{name}>\n" for name in names)
+        return cls(_Header(names[-1], included, cxx, flags), tuple(user_folders))
+
+    def place(self, folder: Path, unit: str) -> list[str]:
+        """Put the headers into `folder`, the unit's, and return the flags that have them read first.
+
+        No flags where the headers are not precompiled and need not be, as in the first build. Wants -MD beside them.
+        """
+        precompiled = self.header.known()
+        if precompiled is None or _is_shadowed(precompiled, self.user_folders):
+            return []
+        name = f"{_FOLDER}/{unit}.h"
+        _write(folder / name, self.header.text)  # what gcc reads where it does not take the precompiled one
+        (folder / f"{name}.gch").symlink_to(precompiled)
+        # Else the file that the compiler writes would not name what is in the header.
+        return ["-include", name, "-fpch-deps"]
+
+    def remember(self) -> None:
+        """Say that a unit which begins so was compiled: for the next one the headers are precompiled."""
         with contextlib.suppress(OSError):
-            asked.write_text(_HOPELESS)
-        return None
+            self.header.note()
 
 
-def _obtain(header: str, cxx: compilers.Compiler, flags: Sequence[str]) -> Path:
-    def build(work: cache.Workspace) -> Path:
-        (work.folder / "header.h").write_text(_TEXTS[header])
-        command = [*cxx.command, *flags, "-MD", "-MF", "header.d", "-x", "c++-header", "header.h"]
-        command += ["-o", "header.gch"]
-        with building(f"{header} in precompiled form, once for these flags"):
-            done = subprocess.run(
-                command,
-                cwd=work.folder,
-                env=compilers.build_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                check=False,
-            )
-            if done.returncode:
-                raise diagnostics.failure(done.stdout, label=LABEL, command=shlex.join(command))
-        depfile = work.folder / "header.d"
-        names = _outer_names(depfile.read_text(), flags)
-        (work.folder / "names.txt").write_text("\n".join(sorted(names)))
-        depfile.unlink()
-        return work.folder / "header.gch"
-
-    return cache.obtain(lambda: _key(header, cxx, flags), label=LABEL, build=build)
+def remove(folder: Path) -> None:
+    """Remove what `Beginning.place` put into `folder`."""
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
 
 
-def _key(header: str, cxx: compilers.Compiler, flags: Sequence[str]) -> str:
-    import torch
+def set_aside(folder: Path, log: str) -> bool:
+    """Whether a compiler failed over a precompiled header and not the source; the header is then gone.
 
-    return cache.digest(
-        _FORMAT,
-        (header, _TEXTS[header]),
-        cxx.version,
-        tuple(flags),  # they name torch's and Python's folders, which are in the header, too
-        (torch.__version__, torch.version.git_version),
-        sysconfig.get_config_var("EXT_SUFFIX"),
-        _includes.variables(),
-    )
+    gcc below 13 stops where it cannot have the memory that the header was written for.
+    """
+    if not (_FAILED_READING.search(log) and (folder / _FOLDER).is_dir()):
+        return False
+    for file in (folder / _FOLDER).glob("*.gch"):
+        file.unlink(missing_ok=True)
+    return True
+
+
+def first_headers(text: str, user_folders: Sequence[Path]) -> list[str]:
+    """Return the headers that a unit includes before anything else, up to the first of torch's stable ABI.
+
+    Empty where anything else stands before that one, such as a macro or a pragma: it may be meant for torch's
+    headers.
+
+    >>> first_headers("#include <vector>\\n#include <torch/csrc/stable/ops.h>\\nint x;", [])
+    ['vector', 'torch/csrc/stable/ops.h']
+    >>> first_headers("#define X\\n#include <torch/csrc/stable/ops.h>\\n", [])
+    []
+    """
+    found: list[str] = []
+    _follow(text, None, user_folders, found, set())
+    return found if found and found[-1].startswith(_STABLE) else []
+
+
+def _follow(text: str, here: Path | None, folders: Sequence[Path], found: list[str], seen: set[Path]) -> bool:
+    """Add to `found` what `text`, of a file in the folder `here`, includes first; return whether to go on after it."""
+    if "??/" in text:  # a backslash, in old standards
+        return False
+    text, at = _SPLICE.sub("", text), 0
+    while at < len(text):
+        if nothing := _NOTHING.match(text, at):
+            at = nothing.end()
+            continue
+        include = _FIRST.match(text, at)
+        if include is None:
+            return False
+        at = include.end()
+        name = include[1] or include[2]
+        # A quoted name is looked for beside the file first.
+        beside = [here] if here and include[2] else []
+        path = next((p for p in (folder / name for folder in (*beside, *folders)) if p.is_file()), None)
+        if path is None:
+            if not _GUARDED.fullmatch(name):
+                return False
+            found.append(name)
+            if name.startswith(_STABLE):
+                return False
+        else:  # the user's: it is his headers that it includes, in turn
+            if path in seen:
+                return False
+            seen.add(path)
+            try:
+                content = path.read_bytes().decode(errors="replace")
+            except OSError:
+                return False
+            if not _follow(content, path.parent, folders, found, seen):
+                return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Header:
+    """A text that only includes headers, with the flags that decide what it is once precompiled."""
+
+    name: str
+    text: str
+    cxx: compilers.Compiler
+    flags: tuple[str, ...]
+
+    def second(self) -> Path | None:
+        """Return the precompiled header from the second time on that it is asked for, unless it cannot be made."""
+        try:
+            if (found := self.known()) is None:
+                self.note()
+            return found
+        except OSError:  # the build itself says that the cache cannot be written
+            return None
+
+    def known(self) -> Path | None:
+        """Return the precompiled header where it is there or was noted, unless it cannot be made."""
+        try:
+            if found := cache.find(f"{cache.slug(LABEL)}-{self._key}"):
+                return found
+            if not self._asked.exists() or self._asked.read_text() == _HOPELESS:
+                return None
+            return self.obtain()
+        except OSError:
+            return None
+        except BuildError:  # no memory or no room for it; the build itself may have both
+            with contextlib.suppress(OSError):
+                self._asked.write_text(_HOPELESS)
+            return None
+
+    def note(self) -> None:
+        """Remember that it was of use, so that it is made the next time."""
+        self._asked.parent.mkdir(parents=True, exist_ok=True)
+        self._asked.touch()
+
+    def obtain(self) -> Path:
+        """Return the precompiled header, the cached one or else a new one."""
+
+        def build(work: cache.Workspace) -> Path:
+            (work.folder / "header.h").write_text(self.text)
+            command = [*self.cxx.command, *self.flags, "-MD", "-MF", "header.d", "-x", "c++-header"]
+            command += ["header.h", "-o", "header.h.gch"]
+            # What those folders have is no part of what the flags name.
+            environment = compilers.build_environment(work.folder)
+            for name in _HIDDEN_FOLDERS:
+                environment.pop(name, None)
+            with building(f"{self.name} in precompiled form, once for these flags"):
+                done = subprocess.run(
+                    command,
+                    cwd=work.folder,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    check=False,
+                )
+                if done.returncode:
+                    raise diagnostics.failure(done.stdout, label=LABEL, command=shlex.join(command))
+            depfile = work.folder / "header.d"
+            read = sorted(_depfile.read(depfile))
+            (work.folder / _READ).write_text("\n".join(map(str, read)))
+            work.depend_on(read)
+            depfile.unlink()
+            return work.folder / "header.h.gch"
+
+        return cache.obtain(lambda: self._key, label=LABEL, build=build)
+
+    @functools.cached_property
+    def _key(self) -> str:
+        import torch
+
+        return cache.digest(
+            _FORMAT,
+            (self.name, self.text),
+            self.cxx.version,
+            self.flags,  # they name torch's and Python's folders, which are in the header, too
+            (torch.__version__, torch.version.git_version),
+            sysconfig.get_config_var("EXT_SUFFIX"),
+            _includes.variables(),
+        )
+
+    @property
+    def _asked(self) -> Path:
+        return cache.root() / "headers" / self._key
 
 
 def _relevant(words: Sequence[str], user_words: Sequence[str]) -> list[str]:
@@ -256,23 +452,22 @@ def _relevant(words: Sequence[str], user_words: Sequence[str]) -> list[str]:
     return [*own, *theirs]
 
 
-def _outer_names(depfile: str, flags: Sequence[str]) -> set[str]:
-    """Return the names that a folder must not have so as to hide none of the header's files."""
-    roots = sorted(_includes.include_folders(flags), key=lambda folder: -len(folder.parts))
-    names: set[str] = set()
-    for path in map(Path, depfile.replace("\\\n", " ").split()[1:]):
-        root = next((root for root in roots if root in path.parents), None)
-        names.update([path.relative_to(root).parts[0]] if root else path.parts)
-    return names
-
-
 def _is_shadowed(precompiled: Path, folders: Sequence[Path]) -> bool:
-    names = set((precompiled.parent / "names.txt").read_text().splitlines())
+    """Whether one of `folders` has, for some file of the header, another that the compiler would find first."""
+    read = (precompiled.parent / _READ).read_text().splitlines()
     for folder in folders:
         with contextlib.suppress(OSError):
-            if not names.isdisjoint(os.listdir(folder)):
-                return True
+            names = set(os.listdir(folder))
+            for path in read:
+                parts = path.split("/")
+                for i, part in enumerate(parts):
+                    if part in names and _is_other(folder.joinpath(*parts[i:]), path):
+                        return True
     return False
+
+
+def _is_other(path: Path, known: str) -> bool:
+    return path.is_file() and not path.samefile(known)
 
 
 def _is_gcc(cxx: compilers.Compiler) -> bool:

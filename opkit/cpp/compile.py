@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opkit.cpp import _includes, _jobs, cache, compilers, diagnostics, prebuilt, toolchain
+from opkit.cpp import _depfile, _includes, _jobs, _pch, cache, compilers, diagnostics, prebuilt, toolchain
 from opkit.cpp import tier as tiers
 from opkit.cpp._progress import Progress, building
 from opkit.cpp._unit import Unit, included_by_path, placed_nowhere, sources
@@ -83,10 +83,6 @@ class Job:
         """
         if found := self.prebuilt():
             return found
-        for used in self._toolchains:
-            if used.find() is None:
-                _refuse(used, self.label, self.op)
-        compilers.get_cxx()
         return cache.obtain(self.key, label=self.label, build=self.build)
 
     def prebuilt(self) -> Path | None:
@@ -126,6 +122,7 @@ class Job:
 
     def key(self) -> str:
         """Hash what the library computes and how it is compiled: still no paths and no times."""
+        found = [used.find() or _refuse(used, self.label, self.op) for used in self._toolchains]
         cxx = compilers.get_cxx()
         return cache.digest(
             _FORMAT,
@@ -133,7 +130,7 @@ class Job:
             [placed_nowhere(unit.text) for unit in self.units],
             _package_headers(),
             cxx.version,
-            [(used.flags, _compiler(used).version, used.architectures()) for used in self._toolchains],
+            [(t.flags, c.version, t.architectures()) for t, c in zip(self._toolchains, found, strict=True)],
             self._system.versions,
             _includes.variables(),
             compilers.native_macros(cxx, (*cxx.command, *self.cflags, *self.cuda_cflags)),
@@ -152,7 +149,11 @@ class Job:
         for unit in self.units:
             (work.folder / unit.name).write_text(unit.text)
         whole = len(self.units) == 1 and self.units[0].toolchain is toolchain.CPP
-        steps = [[*self._command(unit), *_dependency_flags(unit)] for unit in self.units]
+        begun = {unit: beginning for unit in self.units if (beginning := self._beginning(unit))}
+        placed = {unit: beginning.place(work.folder, unit.name) for unit, beginning in begun.items()}
+        steps = [
+            [*self._command(unit), *placed.get(unit, ()), *_dependency_flags(unit)] for unit in self.units
+        ]
         if whole:
             steps = [[*steps[0], self.units[0].name, *self._link(library.name, ())]]
         else:
@@ -167,14 +168,15 @@ class Job:
                 log = self._run(work, [link], log, progress, done=len(steps))
         (work.folder / "log.txt").write_text(log)
         scanned = self._scan().files
-        inside = (work.folder, INCLUDE, *self._system.known)
-        found = {path for unit in self.units for path in _dependencies(work.folder / f"{unit.name}.d")}
-        work.depend_on(
-            sorted(path for path in found - scanned if not any(folder in path.parents for folder in inside))
-        )
+        inside = tuple(f"{folder}/" for folder in (work.folder, INCLUDE, *self._system.known))
+        found = {path for unit in self.units for path in _depfile.read(work.folder / f"{unit.name}.d")}
+        work.depend_on(sorted(path for path in map(str, found - scanned) if not path.startswith(inside)))
         for unit in self.units:
             (work.folder / f"{unit.name}.d").unlink(missing_ok=True)
             (work.folder / f"{unit.name}.o").unlink(missing_ok=True)
+        _pch.remove(work.folder)
+        for beginning in set(begun.values()):
+            beginning.remember()
         return library
 
     def compile_commands(self) -> list[dict[str, Any]]:
@@ -214,7 +216,9 @@ class Job:
         self, work: cache.Workspace, step: list[str], unit: Unit | None
     ) -> subprocess.CompletedProcess[str]:
         if unit is None or unit.toolchain.compile is None:
-            return _execute(step, folder=work.folder)
+            done = _execute(step, folder=work.folder)
+            again = done.returncode and _pch.set_aside(work.folder, done.stdout)
+            return _execute(step, folder=work.folder) if again else done
         return unit.toolchain.compile(
             work.folder / unit.name,
             work.folder / f"{unit.name}.o",
@@ -244,6 +248,20 @@ class Job:
             cflags=(*places, *self.cflags),
             own_flags=own,
             architectures=used.architectures(),
+        )
+
+    def _beginning(self, unit: Unit) -> _pch.Beginning | None:
+        """Return the headers of torch that the unit begins with, where they may be precompiled."""
+        if unit.toolchain is not toolchain.CPP or _keeps_places(self.cflags):
+            return None
+        cxx = compilers.get_cxx()
+        return _pch.Beginning.of(
+            unit.text,
+            cxx=cxx,
+            words=self._command(unit)[len(cxx.command) :],
+            user_words=self.cflags,
+            user_folders=[INCLUDE, *self.include_paths, *_includes.include_folders(self.cflags)],
+            system_folders=self._system.folders,
         )
 
     def _link(self, output: str, objects: Sequence[str]) -> list[str]:
@@ -333,8 +351,8 @@ class Job:
         flags = (*self.cflags, *self.cuda_cflags)
         scan = _includes.Scan([*self.include_paths, *_includes.include_folders(flags)])
         for unit in self.units:
-            text = placed_nowhere(unit.text)
-            scan.add_text(unit.meaning if meanings and unit.meaning is not None else text, unit.name)
+            meant = unit.meaning if meanings else None
+            scan.add_text(placed_nowhere(unit.text) if meant is None else meant, unit.name)
             for path in included_by_path(unit.text):
                 scan.add_file(path, path.name)
         for path in _includes.included_files(flags):
@@ -346,15 +364,13 @@ class Job:
 @functools.cache
 def _package_headers() -> str:
     """Hash opkit's own headers, which are the same for every kernel of the process."""
-    stamps = [
-        (path, (stat := os.stat(path)).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path in _HEADERS
-    ]
+    stamps = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, _HEADERS)]
 
     def read() -> str:
         contents = [(path.relative_to(INCLUDE), path.read_bytes()) for path in map(Path, _HEADERS)]
         return cache.digest(*((str(name), hashlib.sha256(content).hexdigest()) for name, content in contents))
 
-    return compilers.known(("headers", *stamps), read)
+    return compilers.known(("headers", _HEADERS, stamps), read)
 
 
 def _compiler(used: Toolchain) -> Compiler:
@@ -399,20 +415,6 @@ def _keeps_places(flags: Sequence[str]) -> bool:
 
 def _dependency_flags(unit: Unit) -> list[str]:
     return ["-MD", "-MF", f"{unit.name}.d"]
-
-
-def _dependencies(file: Path) -> set[Path]:
-    """Return the files that a compiler's depfile names; what is no absolute path is in the workspace."""
-    try:
-        text = file.read_text(errors="surrogateescape")
-    except OSError:  # the toolchain writes none
-        return set()
-    _, _, listed = text.replace("\\\n", " ").partition(": ")
-    names = re.findall(
-        r"(?:\\[ #]|\S)+", listed
-    )  # of a backslash before any other letter, make knows nothing
-    paths = {Path(re.sub(r"\\([ #])", r"\1", name).replace("$$", "$")) for name in names}
-    return {path for path in paths if path.is_absolute()}
 
 
 def glue_object(cxx: Compiler) -> Path:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opkit.cpp import cache
+from opkit.cpp import _roots, cache
 from opkit.errors import BuildError, ConfigError
 
 _WITHOUT_NVCC = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
@@ -182,7 +182,8 @@ def cuda_architectures() -> tuple[str, ...]:
 
 def native_macros(cxx: Compiler, flags: Sequence[str]) -> str:
     """Return a hash of what `-march=native` and the like among `flags` mean on this machine, or nothing."""
-    parts = [part for flag in flags for part in re.split(r",|(?<=options)=|(?<=Xcompiler)=", flag)]
+    named = [flag for flag in flags if "native" in flag]
+    parts = [part for flag in named for part in re.split(r",|(?<=options)=|(?<=Xcompiler)=", flag)]
     native = tuple(part for part in parts if part.startswith("-m") and "native" in part)
     if not native:
         return ""
@@ -286,27 +287,40 @@ def _identify(command: tuple[str, ...]) -> Compiler | None:
     """Return the compiler that `command` starts, or None where it does not run."""
     if not command:
         return None
-    launched = len(command) > 1 and Path(command[0]).name in LAUNCHERS
-    found = shutil.which(command[1] if launched else command[0])
+    launched = len(command) > 1 and os.path.basename(command[0]) in LAUNCHERS
+    found = _which(command[1] if launched else command[0])
     if not found:
         return None
     real = os.path.realpath(found)
     stat = os.stat(real)
-    return _probe(command, Path(found), real, (stat.st_size, stat.st_mtime_ns))
+    return _probe(command, found, real, (stat.st_size, stat.st_mtime_ns))
+
+
+def _which(name: str) -> str | None:
+    """Return what `shutil.which` does, which is slower."""
+    if os.sep in name:
+        return shutil.which(name)
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        path = os.path.join(folder, name)
+        if os.access(path, os.X_OK) and not os.path.isdir(path):
+            return path
+    return None
 
 
 @functools.cache
-def _probe(command: tuple[str, ...], path: Path, real: str, stamp: tuple[int, int]) -> Compiler | None:
+def _probe(command: tuple[str, ...], path: str, real: str, stamp: tuple[int, int]) -> Compiler | None:
     # `stamp` is in the arguments so that a compiler replaced under a running process is asked anew.
     # Where the compiler lies is no part of its version: a cache is shared by machines.
-    if text := _script(real):  # what it starts may change while it stays the same
-        version = _output([*command, "--version"]).strip()
-    else:
-        version = known(("version", command, real, stamp), lambda: _output([*command, "--version"]).strip())
+    def ask() -> str:
+        return _output([*command, "--version"]).strip()
+
+    # What a script starts may change while it stays the same, so that its answers are not kept.
+    version, script = known(("version", command, real, stamp), lambda: "" if _script(real) else ask()), ""
+    if not version and (script := _script(real)):
+        version = ask()
     flags = [word for word in command[1:] if word.startswith("-")]
-    return (
-        Compiler(path.absolute(), f"{version}\n{stamp[0]} bytes {text} {flags}", command) if version else None
-    )
+    told = f"{version}\n{stamp[0]} bytes {script} {flags}"
+    return Compiler(Path(path).absolute(), told, command) if version else None
 
 
 def _script(file: str) -> str:
@@ -324,7 +338,7 @@ def known(question: tuple[object, ...], ask: Callable[[], str]) -> str:
     Starting a compiler takes longer than finding a built kernel. An answer belongs to the size and the
     time of what was asked, which are in the question; an empty one is not kept.
     """
-    file, key = f"{cache.root()}/compilers.json", cache.digest(*question)
+    file, key = f"{_roots.own()}/compilers.json", cache.digest(*question)
     answers = _answers.setdefault(file, {})
     if key not in answers:
         answers.update(_written(file))
@@ -345,7 +359,7 @@ _answers: dict[str, dict[str, str]] = {}  # of each cache folder, as far as they
 
 def _written(file: str) -> dict[str, str]:
     try:
-        with open(file, "rb") as stream:
+        with open(file, "rb", buffering=0) as stream:
             found = json.loads(stream.read())
     except (OSError, ValueError):
         return {}

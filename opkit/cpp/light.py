@@ -7,7 +7,6 @@ line, compiles both as one unit, and registers the entry point with torch.
 from __future__ import annotations
 
 import dataclasses
-import linecache
 import os
 import re
 import sys
@@ -96,7 +95,7 @@ class Source:
         Raises:
             BuildError: the source cannot become a kernel of the op.
         """
-        symbol, label = self.symbol or schema.opname, f"{schema.name} [{backend}]"
+        symbol, label = self.symbol or schema.symbol, f"{schema.name} [{backend}]"
         text = f'#include "{self.path}"' if self.path else f'#line {self.line} "{self.place}"\n{self.text}'
         spellings = self._spellings()
         used = self.tier or tiers.infer(spellings)
@@ -126,7 +125,7 @@ class Source:
                 text, symbol, schema, plan, prelude=self.toolchain.prelude, guard=self.toolchain.guard
             )
         meaning = (
-            f"{self.text or ''}\n// {schema} {plan and plan.line} {symbol} {used} {self.toolchain.guard}"
+            f"{self.text or ''}\n// {schema} {plan and plan.meaning} {symbol} {used} {self.toolchain.guard}"
         )
         return Job(
             label=label,
@@ -150,7 +149,7 @@ class Source:
             return job.library()
         except BuildError as err:
             if any(d.file.startswith("opkit glue") for d in err.diagnostics):
-                symbol, used = self.symbol or schema.opname, job.tier
+                symbol, used = self.symbol or schema.symbol, job.tier
                 form = (
                     _glue.signature(symbol, schema)
                     if used == tiers.LIGHT
@@ -190,7 +189,7 @@ class Source:
         def with_metas(*values: Any) -> Any:
             described, common = metas(values)
             outputs = [
-                torch.empty_strided(m.shape, m.stride or (), dtype=m.dtype, device=m.device or common)
+                [_allocate(one, common) for one in m] if isinstance(m, list) else _allocate(m, common)
                 for m in described
             ]
             call(*values, *outputs)
@@ -212,6 +211,10 @@ class Source:
             return self.text
         assert self.path is not None
         return self.path.read_text(errors="replace") if self.path.is_file() else ""
+
+
+def _allocate(meta: OutputMeta, device: torch.device | None) -> torch.Tensor:
+    return torch.empty_strided(meta.shape, meta.stride or (), dtype=meta.dtype, device=meta.device or device)
 
 
 class Bound(NamedTuple):
@@ -276,14 +279,17 @@ def kernel(
         tensor([2., 2., 2.])
     """
     frame = sys._getframe(1)
-    here = Path(frame.f_globals.get("__file__") or "unnamed").absolute().parent
+
+    def here() -> Path:
+        return Path(frame.f_globals.get("__file__") or "unnamed").absolute().parent
+
     doing = "naming a kernel"
     options: dict[str, Any] = {
         "extra_cflags": _arguments.flags(doing, "extra_cflags", extra_cflags),
         "extra_cuda_cflags": _arguments.flags(doing, "extra_cuda_cflags", extra_cuda_cflags),
         "extra_ldflags": _arguments.flags(doing, "extra_ldflags", extra_ldflags),
         "extra_include_paths": tuple(
-            (here / folder).resolve()
+            (here() / folder).resolve()
             for folder in _arguments.folders(doing, "extra_include_paths", extra_include_paths)
         ),
     }
@@ -299,7 +305,7 @@ def kernel(
         where = f"source at {file}:{number}"
         compiled_by = _named_toolchain(toolchain or ("cuda" if cuda else "cpp"))
         return Source(None, source, symbol, compiled_by, where, place, line, tier, **options)
-    path = here / source
+    path = here() / source
     if not path.is_file():
         raise BuildError(
             f"naming a kernel: there is no file {path}; expected C++ or CUDA source. Paths are relative to the "
@@ -330,7 +336,7 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _occurrences(text: str, content: str) -> Iterator[int]:
+def _occurrences(text: bytes, content: bytes) -> Iterator[int]:
     at = content.find(text)
     while at >= 0:
         yield at
@@ -347,6 +353,14 @@ def _named_toolchain(name: str) -> Toolchain:
     )
 
 
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            return stream.read()
+    except OSError:
+        return b""
+
+
 def _place(text: str, file: str, number: int) -> tuple[str, int]:
     """Return the file and the line where `text`, which is used at line `number` of `file`, is written.
 
@@ -354,9 +368,9 @@ def _place(text: str, file: str, number: int) -> tuple[str, int]:
     """
     path = os.path.abspath(file)
     if os.path.isfile(path) and not _UNREADABLE.search(path):
-        linecache.checkcache(path)
-        content = "".join(linecache.getlines(path))
-        found = [content.count("\n", 0, at) + 1 for at in _occurrences(text, content)]
+        content = _read(path).replace(b"\r\n", b"\n")
+        written = text.encode(errors="replace")
+        found = [content.count(b"\n", 0, at) + 1 for at in _occurrences(written, content)]
         if found:  # the same text may be there twice
             return path, min(found, key=lambda line: (line < number, abs(line - number)))
     return f"{_UNREADABLE.sub(' ', Path(file).name).strip()}, kernel at line {number}", 1

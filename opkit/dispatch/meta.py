@@ -6,13 +6,15 @@ line says of the outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opkit.errors import RegistrationError, ShapeError
+from opkit.dispatch.outputs import ABSENT
+from opkit.errors import ArgumentError, RegistrationError, ShapeError
 from opkit.spec.plan import OpenSize, OutputMeta, Plan
 from opkit.spec.schema import Schema
 
@@ -26,20 +28,38 @@ class Meta:
         self.schema = schema
         self.plan = plan
         self.function: Callable[..., Any] | None = None
+        self.lenient = False  # whether a function that fails just says nothing
         self._remembered: dict[Hashable, tuple[Sequence[Any], torch.device | None] | None] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether anything says what the outputs are."""
+        return (self.plan is not None and self.plan.missing is None) or self.function is not None
 
     def replace(self, function: Callable[..., Any]) -> None:
         """Let `function` say what the outputs are."""
         self.function = function
+        self._call = self.schema.adapt(function)
         self._remembered.clear()
 
     def trace(self, values: Sequence[Any]) -> Any:
         """Return empty outputs for fake or meta tensors, in the form torch expects."""
+        late = next((r for r in self.schema.results if r.is_known_late), None)
+        if late is not None:
+            raise RegistrationError(
+                f"tracing {self.schema.name}: its result {late.name} is a {late.type}, which only a kernel can "
+                "compute; expected results that a graph can hold, Tensor or int. Call the op outside of the compiled "
+                "function (torch.compiler.disable), or return a Tensor of no dimensions.",
+                op=self.schema.name,
+            )
+        return self._describe(values)
+
+    def _describe(self, values: Sequence[Any]) -> Any:
         schema = self.schema
-        metas, device = ((), None) if self.plan is None else self.plan.infer(*values)
+        metas, device = ((), None) if self.plan is None else self.plan.infer_symbols(*values)
         if self.function is not None:
             args, kwargs = schema.split(values)
-            return schema.raw(schema.flatten(self.function(*args, **kwargs)))
+            return schema.raw(schema.flatten(self._call(*args, **kwargs)))
         if not schema.results:
             return None
         if self.plan is None:
@@ -48,12 +68,32 @@ class Meta:
                 "function. Declare it with shapes=, or register one with register_fake.",
                 op=schema.name,
             )
+        if self.plan.missing is not None:
+            raise RegistrationError(
+                f"tracing {schema.name}: its shape line '{self.plan.line}' does not describe all results: "
+                f"{self.plan.missing}; expected a meta function that does. Register one with register_fake.",
+                op=schema.name,
+            )
         made: dict[str, Any] = {}
-        outputs = []
+        outputs: list[Any] = []
         for result, meta in zip(schema.results, metas, strict=True):
-            shape = [self._size(s, result.name, made) if isinstance(s, OpenSize) else s for s in meta.shape]
-            outputs.append(torch.empty(shape, dtype=meta.dtype, device=device))
+            if isinstance(meta, list):
+                outputs.append([self._empty(m, result.name, device, made) for m in meta])
+            else:
+                outputs.append(self._empty(meta, result.name, device, made))
         return schema.raw(outputs)
+
+    def _empty(
+        self, meta: OutputMeta, output: str, device: torch.device | None, made: dict[str, Any]
+    ) -> Tensor:
+        shape = [self._size(s, output, made) if isinstance(s, OpenSize) else s for s in meta.shape]
+        if all(type(s) is int for s in shape) and math.prod(shape) * meta.dtype.itemsize >= 2**63:
+            raise ShapeError(
+                f"calling {self.schema.name}: output {output} would have the shape {tuple(shape)} of {meta.dtype}; "
+                "expected one whose bytes 64 bits can count. Pass smaller sizes.",
+                op=self.schema.name,
+            )
+        return torch.empty(shape, dtype=meta.dtype, device=device)
 
     def _size(self, size: OpenSize, output: str, made: dict[str, Any]) -> Any:
         """Return a symbol for a size that depends on data, one for each name."""
@@ -89,8 +129,10 @@ class Meta:
                 self._remembered.clear()
             try:
                 self._remembered[key] = self.of_registered(values)
+            except ArgumentError:
+                raise
             except Exception as err:
-                if not any(name in str(err) for name in ("get_ctx", "new_dynamic_size")):
+                if not self.lenient and not any(n in str(err) for n in ("get_ctx", "new_dynamic_size")):
                     raise RegistrationError(
                         f"calling {self.schema.name}: its meta function failed for these arguments, "
                         f"{type(err).__name__}: {err}; expected one that describes the outputs of every call that "
@@ -100,9 +142,17 @@ class Meta:
                 self._remembered[key] = None  # a size that depends on data, known to a tracer only
         return self._remembered[key] or (None, None)
 
+    def promised(self, values: Sequence[Any]) -> tuple[Sequence[Any] | None, torch.device | None]:
+        """Return of a call that is being traced what `expect` returns of a real one."""
+        if self.function is None:
+            return (None, None) if self.plan is None else self.plan.infer(*values)
+        flat = self.schema.flatten(self._describe(values))
+        tensors = (v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,)))
+        return [_metas(o) for o in flat], next((t.device for t in tensors if isinstance(t, Tensor)), None)
+
     def of_registered(self, values: Sequence[Any]) -> tuple[Sequence[Any], torch.device | None]:
         """Ask the registered function, with meta tensors in the place of real ones."""
-        outputs = self.schema.flatten(self.trace([_to_meta(v) for v in values]))
+        outputs = self.schema.flatten(self._describe([_to_meta(v) for v in values]))
         flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,))]
         device = next((v.device for v in flat if isinstance(v, Tensor)), None)
         return [_metas(o) for o in outputs], device
@@ -111,6 +161,10 @@ class Meta:
 def _metas(output: Any) -> Any:
     if isinstance(output, (list, tuple)):
         return [_metas(o) for o in output]
+    if output is None:
+        return ABSENT
+    if not isinstance(output, Tensor):  # a number: nothing is known of it
+        return None
     device = output.device if output.device.type != "meta" else None
     return OutputMeta(tuple(output.shape), output.dtype, output.stride(), device)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from opkit import _torch
 from opkit.errors import OutputError
 from opkit.spec.plan import OpenSize, OutputMeta
-from opkit.spec.schema import Schema
+from opkit.spec.schema import Result, Schema
 
 
 def conform(
@@ -32,7 +32,13 @@ def conform(
         OutputError: a count, type, shape, dtype or device differs from the declaration, or an
             output shares storage with an input or another output.
     """
-    if metas is not None and len(metas) == 1 and isinstance(returned, Tensor) and metas[0][2:] == _DERIVED:
+    if (
+        metas
+        and len(metas) == 1
+        and isinstance(metas[0], OutputMeta)
+        and metas[0][2:] == _DERIVED
+        and isinstance(returned, Tensor)
+    ):
         shape, dtype, _, _ = metas[0]  # one tensor that fits: the case to be quick in
         fits = returned.shape == shape and returned.dtype == dtype and returned.device == device
         if fits and returned.is_contiguous() and not (returned.is_conj() or returned.is_neg()):
@@ -45,32 +51,68 @@ def conform(
     before: list[Tensor] = []
     opened: dict[str, tuple[int, str]] = {}
     for index, (result, output) in enumerate(zip(schema.results, outputs, strict=True)):
+        if result.is_number:
+            outputs[index] = _number(schema, backend, result, output)
+            continue
+        meta = metas[index] if metas is not None else None
+        if result.type.optional and (output is None or meta is ABSENT):
+            _check_presence(schema, backend, result.name, output, meta)
+            continue
         many = result.type.is_list
-        if many and not (isinstance(output, (list, tuple)) and all(isinstance(o, Tensor) for o in output)):
+        holes = result.type.optional_elements
+        if many and not (
+            isinstance(output, (list, tuple))
+            and all(isinstance(o, Tensor) or (holes and o is None) for o in output)
+        ):
             raise _type_error(schema, backend, result.name, output, "a list of tensors")
         if not many and not isinstance(output, Tensor):
             raise _type_error(schema, backend, result.name, output, "a Tensor")
         tensors = output if many else [output]
         for one in tensors:
-            _refuse_alias(schema, backend, index, one, values, before)
-            before.append(one)
-        if metas is not None:
-            wanted = metas[index] if many else [metas[index]]
+            if one is not None:
+                _refuse_alias(schema, backend, index, one, values, before)
+                before.append(one)
+        if meta is not None:
+            wanted = meta if many else [meta]
             if len(wanted) != len(tensors):
                 found = f"returned {len(tensors)} tensors as {result.name}"
-                raise _error(schema, backend, found, f"{len(wanted)} by its meta function", "Return")
+                raise _error(schema, backend, found, f"{len(wanted)} by {_source(*wanted[:1])}", "Return")
+            for o, m in zip(tensors, wanted, strict=True):
+                _check_presence(schema, backend, result.name, o, m)
             closed = (
-                _closed(schema, backend, result.name, o, m, opened)
+                m if o is None else _closed(schema, backend, result.name, o, m, opened)
                 for o, m in zip(tensors, wanted, strict=True)
             )
             tensors = [
-                _fit(schema, backend, result.name, o, m, device) for o, m in zip(tensors, closed, strict=True)
+                None if o is None else _fit(schema, backend, result.name, o, m, device)
+                for o, m in zip(tensors, closed, strict=True)
             ]
         outputs[index] = list(tensors) if many else tensors[0]
     return schema.raw(outputs)
 
 
 _DERIVED = (None, None)  # stride and device of an output that the shape line describes
+ABSENT: Any = object()  # in the place of an optional output's metadata: the meta function says None
+
+
+def _check_presence(schema: Schema, backend: str, name: str, output: Any, meta: Any) -> None:
+    """Raise where an optional tensor is there, or is not, and its meta function says otherwise."""
+    if meta is not None and (output is None) != (meta is ABSENT):
+        found, expected = ("None", "a Tensor") if output is None else ("a Tensor", "None")
+        raise _error(
+            schema, backend, f"returned {found} as {name}", f"{expected} by its meta function", "Return"
+        )
+
+
+def _number(schema: Schema, backend: str, result: Result, output: Any) -> Any:
+    """Return an int, float or bool, or raise; the dispatcher would read another type as it likes."""
+    kinds = {"float": (float, int), "bool": (bool,)}.get(result.type.base, (int,))
+    if not isinstance(output, kinds) or (isinstance(output, bool) and bool not in kinds):
+        expected = {"SymInt": "int"}.get(result.type.base, result.type.base)
+        raise _type_error(
+            schema, backend, result.name, output, f"{'an' if expected == 'int' else 'a'} {expected}"
+        )
+    return float(output) if result.type.base == "float" else output
 
 
 def _closed(
@@ -152,6 +194,11 @@ def _type_error(schema: Schema, backend: str, name: str, found: Any, expected: s
     return _error(schema, backend, f"returned {type(found).__name__} as {name}", expected, "Return")
 
 
+def _source(*metas: OutputMeta) -> str:
+    """Return what says the metadata of an output, or of the elements of a list."""
+    return "the shape line" if metas and metas[0][2:] == _DERIVED else "the meta function"
+
+
 def _meta_error(
     schema: Schema,
     backend: str,
@@ -170,7 +217,7 @@ def _meta_error(
         schema,
         backend,
         f"returned {name} with the {field} {found}",
-        f"{expected} by the {'shape line' if meta[2:] == _DERIVED else 'meta function'}",
+        f"{expected} by {_source(meta)}",
         "Change one of them, so that the kernel returns",
     )
 

@@ -1,4 +1,4 @@
-"""Which backends the caller would like: `use_backend` and OPKIT_BACKEND.
+"""What the caller asks of the choice of a kernel: `use_backend`, `require`, `inline`, and OPKIT_BACKEND.
 
 The preference belongs to the thread, and torch carries it to the autograd threads that work for it.
 In a compiled function it belongs to the calls that were traced inside the `with`.
@@ -7,6 +7,7 @@ In a compiled function it belongs to the calls that were traced inside the `with
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -14,27 +15,52 @@ import torch
 
 from opkit import _config, _torch
 from opkit import _sources as sources
-from opkit.errors import BackendError, ConfigError, did_you_mean
+from opkit.errors import BackendError, ConfigError, OpkitError, did_you_mean
 
 BUILT_IN = ("reference", "python", "cpp", "cuda")
 _known: set[str] = set(BUILT_IN)
 
 
-class Preference(NamedTuple):
-    """Backends in order of preference; `strict` excludes all others."""
+# What a kernel may state of itself, and a caller require.
+PROPERTIES = ("batch_invariant", "deterministic", "graph_safe")
 
-    names: tuple[str, ...] = ()
+
+class Preference(NamedTuple):
+    """Backends in order of preference, and what is required of a kernel; `strict` excludes all other backends.
+
+    In a context that leaves something as it is around it, `names` is None. `inline` has what contexts said of
+    inlining, `+namespace::name` or `-namespace::name`, the last one last; it matters to compilers only.
+    """
+
+    names: tuple[str, ...] | None = ()
     strict: bool = False
+    required: tuple[str, ...] = ()
+    inline: tuple[str, ...] = ()
+
+    def over(self, below: Preference) -> Preference:
+        """Return what holds in a context inside of another one."""
+        names, strict = (below.names, below.strict) if self.names is None else (self.names, self.strict)
+        more = tuple(name for name in self.required if name not in below.required)
+        return Preference(names, strict, below.required + more, below.inline + self.inline)
+
+    def requiring(self, name: str) -> Preference:
+        """Return it with one more property."""
+        return self if name in self.required else self._replace(required=(*self.required, name))
 
     def encode(self) -> str:
         """Return it as text, for the graph of a compiled function."""
-        return ("!" if self.strict else "") + ",".join(self.names)
+        backends = "~" if self.names is None else ("!" if self.strict else "") + ",".join(self.names)
+        return ";".join((backends, ",".join(self.required), ",".join(self.inline)))
 
     @staticmethod
     def decode(text: str) -> Preference:
         """Return what `encode` wrote."""
-        names = text.removeprefix("!").split(",")
-        return Preference(tuple(n for n in names if n), text.startswith("!"))
+        backends, required, inline = (part.split(",") for part in text.split(";"))
+        strict = backends[0].startswith("!")
+        names = tuple(n for n in (backends[0].removeprefix("!"), *backends[1:]) if n)
+        if names == ("~",):
+            return Preference(None, False, tuple(r for r in required if r), tuple(i for i in inline if i))
+        return Preference(names, strict, tuple(r for r in required if r), tuple(i for i in inline if i))
 
 
 # Until a context is first entered, in any thread, no call looks into thread-local storage.
@@ -60,8 +86,37 @@ def current() -> Preference:
     return _from_environment()
 
 
+def requires(name: str) -> bool:
+    """Whether a context in force for this thread requires a property of kernels."""
+    return _used and name in current().required
+
+
+# What `inline` says around compiled functions. Dynamo guards on it, so it belongs to the process.
+_inline_around = ""
+
+
+def inline_around() -> str:
+    """Return what `inline` says around compiled functions."""
+    return _inline_around
+
+
+def set_inline_around(said: str) -> str:
+    """Say what is inlined in functions that are compiled or called from now on; return what was said before."""
+    global _inline_around
+    before, _inline_around = _inline_around, said
+    return before
+
+
 def traced() -> str | None:
-    """Return the preference entered in the function that is being compiled or exported, encoded, or None."""
+    """Return what holds by the contexts in the function that is being compiled or exported, encoded, or None."""
+    entered = _entered()
+    if not _inline_around:
+        return entered
+    around = Preference(None, inline=tuple(_inline_around.split(",")))
+    return (around if entered is None else Preference.decode(entered).over(around)).encode()
+
+
+def _entered() -> str | None:
     inside = _innermost() if torch.compiler.is_dynamo_compiling() else None
     if inside is None and _traced:
         return _traced[-1].encode()
@@ -128,7 +183,43 @@ def check_known(names: tuple[str, ...]) -> None:
             )
 
 
-class use_backend:  # noqa: N801  (a context manager, named like torch.no_grad)
+class Context:
+    """A `with` that changes the preference, in eager mode and in functions that are compiled or exported."""
+
+    def __init__(self, change: Preference) -> None:
+        self._change = change
+        self._before: list[Preference | None] = []
+
+    def __enter__(self) -> None:
+        global _used
+        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            entered = _entered()
+            change = self._change if entered is None else self._change.over(Preference.decode(entered))
+            if not torch.compiler.is_dynamo_compiling() or not _enter_inside(change.encode()):
+                _traced.append(change)
+            return
+        if self._change.names:
+            check_known(self._change.names)
+        if self._change.required:
+            check_properties(self._change.required, "choosing kernels", BackendError)
+        self._before.append(_torch.stashed())
+        _torch.stash(self._change.over(current()))
+        _used = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            if not _leave_inside():
+                _traced.pop()
+            return
+        if torch.compiler.is_exporting():
+            _traced.pop()
+            return
+        _torch.stash(self._before.pop())
+
+
+class use_backend(Context):  # noqa: N801  (a context manager, named like torch.no_grad)
     """Prefer backends, first one first, for the calls inside the `with`.
 
     The others remain as a fallback unless `strict=True`, which makes a call fail that none of
@@ -159,31 +250,58 @@ class use_backend:  # noqa: N801  (a context manager, named like torch.no_grad)
                 f"choosing backends: found use_backend({', '.join(map(repr, names))}, strict={strict}); expected "
                 'names, and with strict at least one. Write opkit.use_backend("cpp", "reference").'
             )
-        self._preference = Preference(names, strict)
-        self._before: list[Preference | None] = []
+        super().__init__(Preference(names, strict))
 
-    def __enter__(self) -> None:
-        global _used
-        if torch.compiler.is_dynamo_compiling():
-            if not _enter_inside(self._preference.encode()):
-                _traced.append(self._preference)
-            return
-        if torch.compiler.is_exporting():
-            _traced.append(self._preference)
-            return
-        check_known(self._preference.names)
-        self._before.append(_torch.stashed())
-        _torch.stash(self._preference)
-        _used = True
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            if not _leave_inside():
-                _traced.pop()
-            return
-        if torch.compiler.is_exporting():
-            _traced.pop()
-            return
-        _torch.stash(self._before.pop())
+class require(Context):  # noqa: N801
+    """Run only kernels that state these properties, for the calls inside the `with`.
+
+    `deterministic`: the same arguments give the same bits. `batch_invariant`: what comes out for one element of
+    the batch does not depend on the others. `graph_safe`: it can be captured in a CUDA graph. A kernel states
+    them with `register_kernel(properties=...)`. Contexts add up. Works inside a compiled function and in backward
+    as `use_backend` does, and recompiles nothing.
+
+    The reference counts as deterministic, as it then runs under `torch.use_deterministic_algorithms`; it states
+    nothing else. That setting of torch also has opkit choose deterministic kernels.
+
+    Args:
+        *names: `deterministic`, `batch_invariant` or `graph_safe`.
+
+    Raises:
+        BackendError: there is no such property.
+        NoKernelError: at a call that no kernel with these properties can take.
+
+    Example:
+        >>> import opkit, torch
+        >>> @opkit.op("doc::total_of", shapes="n -> ()")
+        ... def total_of(x: torch.Tensor) -> torch.Tensor:
+        ...     return x.sum()
+        >>> _ = total_of.register_kernel("cpu", lambda x: x.sum(), backend="fast", priority=1)
+        >>> _ = total_of.register_kernel("cpu", lambda x: x.sum(), backend="exact", properties=["deterministic"])
+        >>> with opkit.require("deterministic"):
+        ...     print(total_of.explain(torch.ones(2)).selected)
+        exact
+    """
+
+    def __init__(self, *names: str) -> None:
+        if (
+            not torch.compiler.is_dynamo_compiling()
+        ):  # which cannot trace it; there it is done when the graph runs
+            check_properties(names, "choosing kernels", BackendError)
+        super().__init__(Preference(None, required=names))
+
+
+def check_properties(
+    names: Iterable[Any], doing: str, error: type[OpkitError], op: str | None = None
+) -> tuple[str, ...]:
+    """Return the names of properties, sorted, or raise `error` for one that is none."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in PROPERTIES:
+            hint = did_you_mean(name, PROPERTIES) if isinstance(name, str) else ""
+            raise error(
+                f"{doing}: found the property {name!r}; expected some of {', '.join(PROPERTIES)}.{hint} Name one "
+                "of these.",
+                op=op,
+            )
+    return tuple(sorted(set(names)))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 
 from opkit.cpp.light import Bound, Source
+from opkit.dispatch import inplace as inplaces
 from opkit.dispatch import outputs, preference, select
+from opkit.dispatch.inplace import Inplace
 from opkit.dispatch.meta import Meta
 from opkit.dispatch.table import Kernel, KernelTable
 from opkit.errors import NoKernelError
@@ -24,26 +27,73 @@ class Runner:
         self.meta = meta
         table.plan = lambda: self.native_plan
         self._count = len(table.schema.params)
+        self._mutated = tuple(i for i, p in enumerate(table.schema.params) if p.mutated)
+        self._factory = not any(p.type.base == "Tensor" for p in table.schema.params)
 
     @property
     def native_plan(self) -> Plan | None:
         """The shape line, where native glue allocates the outputs by it."""
-        return self.meta.plan if self.meta.function is None else None
+        plan = self.meta.plan
+        return plan if plan is not None and plan.missing is None and self.meta.function is None else None
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         values = args if len(args) == self._count and not kwargs else self.schema.fill(args, kwargs)
+        if self._factory and self.meta.known and select.device_of(self.schema, values) == "meta":
+            return self.meta.trace(values)  # no tensor has told torch's dispatcher the device
+        if self._mutated:
+            values = inplaces.apart(self._mutated, values)
         kernel = select.choose(self.table, values)
+        if kernel.inplace:
+            return self.overwriting(kernel, values)
         if isinstance(kernel.function, Source):
             return self._native(kernel, values)
         metas, device = self.meta.expect(values)
-        if device is not None and torch.is_autocast_enabled(device.type):
+        if kernel is self.table.reference and preference.requires("deterministic"):
+            with _deterministic(), torch.autocast(device.type if device else "cpu", enabled=False):
+                returned = self._python(kernel, values)
+        elif device is not None and torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):  # the declared dtypes hold there too
-                returned = self._python(kernel.function, values)
+                returned = self._python(kernel, values)
         else:
-            returned = self._python(kernel.function, values)
+            returned = self._python(kernel, values)
         return outputs.conform(self.schema, kernel.backend, values, returned, metas, device)
 
-    def _python(self, function: Callable[..., Any], values: tuple[Any, ...]) -> Any:
+    def overwriting(
+        self, kernel: Kernel, values: tuple[Any, ...], given: frozenset[int] = frozenset()
+    ) -> Any:
+        """Run a kernel that overwrites arguments: those whose places are `given`, and copies of the others."""
+        metas, device = self.meta.expect(values)  # before anything is overwritten
+        own = inplaces.copied(kernel.inplace, values, given)
+        if isinstance(kernel.function, Source):
+            return self._native(kernel, own)
+        with torch.autocast(device.type if device else "cpu", enabled=False):
+            returned = self._python(kernel, own)
+        overwritten = {place for place, _ in kernel.inplace}
+        others = [None if place in overwritten else value for place, value in enumerate(values)]
+        inplaces.check_placed(self.schema, kernel.backend, kernel.inplace, own, self.schema.flatten(returned))
+        return outputs.conform(self.schema, kernel.backend, others, returned, metas, device)
+
+    def into(self, places: Inplace) -> Callable[..., Any]:
+        """Return what an overload runs that overwrites the arguments of these places, and returns the other results.
+
+        It holds whichever kernel is chosen: results are copied where that one left them elsewhere.
+        """
+        given = frozenset(place for place, _ in places)
+        within = {result: place for place, result in places if result is not None}
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            values = self.schema.fill(args, kwargs)
+            kernel = select.choose(self.table, values)
+            returned = self.overwriting(kernel, values, given) if kernel.inplace else self(*values)
+            results = self.schema.flatten(returned)
+            for result, place in within.items():
+                inplaces.leave(self.schema, results[result], values[place], result, place)
+            return self.schema.raw([r for index, r in enumerate(results) if index not in within])
+
+        return run
+
+    def _python(self, kernel: Kernel, values: tuple[Any, ...]) -> Any:
+        function = cast("Callable[..., Any]", kernel.function)
         if not self.schema.keyword_only:
             return function(*values)
         args, kwargs = self.schema.split(values)
@@ -56,8 +106,7 @@ class Runner:
 
     def preferring(self, /, *args: Any, opkit_backend: str, **kwargs: Any) -> Any:
         """Run under the preference that a compiled function traced around the call."""
-        wanted = preference.Preference.decode(opkit_backend)
-        with preference.use_backend(*wanted.names, strict=wanted.strict):
+        with preference.Context(preference.Preference.decode(opkit_backend)):
             return self(*args, **kwargs)
 
     def _native(self, kernel: Kernel, values: tuple[Any, ...]) -> Any:
@@ -74,7 +123,7 @@ class Runner:
             )
             slot.append(bound)
         plan = self.meta.plan
-        if plan is not None and self.meta.function is not None:
+        if plan is not None and (self.meta.function is not None or plan.missing is not None):
             plan.infer(*values)  # the glue has no shape line to check them by
         if bound.allocates:
             metas, device = self.meta.expect(values)
@@ -96,3 +145,19 @@ class Runner:
                     f"torch.strided, which the {kernel.backend} kernel reads. Convert it: {param.name}.to_dense().",
                     op=self.schema.name,
                 )
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Have torch's operations be deterministic or raise."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if not before[0]:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        if not before[0]:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -46,7 +46,7 @@ class Explanation:
 
     def __str__(self) -> str:
         rows = [(c.backend, c.status, c.reason, c.source) for c in self.candidates]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         lines = [f"{self.op} on {self.device}:"]
         for row in rows:
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
@@ -78,19 +78,25 @@ def ranked(table: KernelTable, device: str, wanted: Preference) -> list[Kernel]:
     return kernels
 
 
+def wanted_now() -> Preference:
+    """Return what is asked of the choice in this thread, torch's own setting for determinism included."""
+    wanted = preference.current()
+    return wanted.requiring("deterministic") if torch.are_deterministic_algorithms_enabled() else wanted
+
+
 def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
     """Return the kernel for a call whose arguments are all given, in schema order.
 
     Raises:
-        NoKernelError: a strict preference excludes every kernel that could take the call.
+        NoKernelError: what is required excludes every kernel that could take the call.
     """
     sources.consult_for_kernels()
-    wanted = preference.current()
+    wanted = wanted_now()
     first = values[0] if values else None
     if isinstance(first, torch.Tensor):  # nearly always; the rest is the general case
         key: Any = (first.device.type, first.dtype, wanted)
     else:
-        key = (device_of(table.schema, values), _first_dtype(values), wanted)
+        key = (device_of(table.schema, values), first_dtype(values), wanted)
     choices = table.decided
     decided = choices.get(key)
     if decided is not None:
@@ -102,26 +108,63 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
         lasting = lasting and kernel.when is None
         reason = _reject(kernel, table, values, wanted, ask=True)
         if reason is None:
-            if kernel.backend == REFERENCE and REFERENCE not in wanted.names:
+            if kernel.backend == REFERENCE and REFERENCE not in (wanted.names or ()):
                 _warn_of_fallback(table, device, rejected)
             if lasting:
                 choices[key] = kernel
             return kernel
         rejected.append((kernel, reason))
     lines = "".join(f"\n    {k.backend}: {reason}" for k, reason in rejected)
+    if table.declared and not (wanted.strict or wanted.required):
+        others = ", ".join(sorted({k.device for k in table.all()} - {device}))
+        found = lines or f" It has {f'kernels for {others}' if others else 'no kernel'}."
+        raise NoKernelError(
+            f"calling {table.schema.name} on {device}: the op is declared without a reference, and no kernel takes "
+            f"this call.{found}\nRegister one with register_kernel({device!r}, ...) on "
+            f"opkit.get({table.schema.name!r}), or install a plugin that brings one.",
+            op=table.schema.name,
+        )
     raise NoKernelError(
-        f"calling {table.schema.name} on {device}: no kernel can take this call; use_backend"
-        f"({', '.join(map(repr, wanted.names))}, strict=True) is in force.{lines}\n"
-        "Leave strict=True out, name another backend, or register a kernel.",
+        f"calling {table.schema.name} on {device}: no kernel can take this call; {_in_force(wanted)}.{lines}\n"
+        f"{_way_out(wanted)}.",
         op=table.schema.name,
     )
+
+
+def _in_force(wanted: Preference) -> str:
+    """Return the contexts that exclude kernels, as they are written."""
+    parts = []
+    if wanted.strict:
+        parts.append(f"use_backend({', '.join(map(repr, wanted.names or ()))}, strict=True)")
+    if wanted.required:
+        named = f"require({', '.join(map(repr, wanted.required))})"
+        from_torch = wanted.required == ("deterministic",) and torch.are_deterministic_algorithms_enabled()
+        parts.append("torch.use_deterministic_algorithms(True)" if from_torch else named)
+    return f"{' and '.join(parts)} {'is' if len(parts) == 1 else 'are'} in force"
+
+
+def _way_out(wanted: Preference) -> str:
+    if not wanted.required:
+        return "Leave strict=True out, name another backend, or register a kernel"
+    return "Require less, or register a kernel with properties=[...] that states what it is"
+
+
+def foreseen(table: KernelTable, device: str, dtype: torch.dtype | None) -> Kernel:
+    """Return the kernel that a call will run which is being traced; conditions (`when=`) are taken to hold."""
+    sources.consult_for_kernels()
+    wanted = wanted_now()
+    for kernel in ranked(table, device, wanted):
+        takes = kernel.dtypes is None or dtype in kernel.dtypes
+        if takes and _reject(kernel, table, (), wanted, ask=False) is None:
+            return kernel
+    return table.reference
 
 
 def explain(table: KernelTable, values: Sequence[Any]) -> Explanation:
     """Return what `choose` would do with a call, for every candidate; builds nothing."""
     sources.consult_for_kernels()
     device = device_of(table.schema, values)
-    wanted = preference.current()
+    wanted = wanted_now()
     candidates: list[Candidate] = []
     selected = False
     for kernel in ranked(table, device, wanted):
@@ -148,17 +191,25 @@ def listing(table: KernelTable) -> tuple[Candidate, ...]:
 
 
 def _why(kernel: Kernel, wanted: Preference) -> str:
-    if kernel.backend in wanted.names:
-        return f"preferred ({', '.join(wanted.names)})"
-    return "last fallback" if kernel.backend == REFERENCE else f"priority {kernel.priority}"
+    if wanted.names and kernel.backend in wanted.names:
+        why = f"preferred ({', '.join(wanted.names)})"
+    else:
+        why = "last fallback" if kernel.backend == REFERENCE else f"priority {kernel.priority}"
+    return f"{why}, {', '.join(wanted.required)}" if wanted.required else why
 
 
 def _reject(
     kernel: Kernel, table: KernelTable, values: Sequence[Any], wanted: Preference, *, ask: bool
 ) -> str | None:
     """Return why a kernel cannot take a call, or None; `ask` false leaves out what needs the call."""
-    if wanted.strict and kernel.backend not in wanted.names:
-        return f"only {', '.join(wanted.names)} allowed (strict)"
+    names = wanted.names or ()
+    if wanted.strict and kernel.backend not in names:
+        return f"only {', '.join(names)} allowed (strict)"
+    if wanted.required:
+        stated = _OF_A_REFERENCE if kernel is table.reference else kernel.properties
+        lacks = [name for name in wanted.required if name not in stated]
+        if lacks:
+            return f"does not state that it is {' or '.join(lacks)}"
     if isinstance(kernel.function, Source):
         missing = kernel.function.unavailable()
         if missing and not kernel.function.is_carried(table.schema, table.plan(), kernel.backend):
@@ -166,7 +217,7 @@ def _reject(
     if not ask:
         return None
     if kernel.dtypes is not None:
-        dtype = _first_dtype(values)
+        dtype = first_dtype(values)
         if dtype is not None and dtype not in kernel.dtypes:
             return f"dtype {_short(dtype)} is not among {', '.join(map(_short, kernel.dtypes))}"
     if kernel.when is not None:
@@ -179,7 +230,7 @@ def _reject(
     return None
 
 
-def _first_dtype(values: Sequence[Any]) -> torch.dtype | None:
+def first_dtype(values: Sequence[Any]) -> torch.dtype | None:
     for value in values:
         for one in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(one, torch.Tensor):
@@ -191,13 +242,15 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_OF_A_REFERENCE = ("deterministic",)  # as it runs under torch's setting then; see `run`
+
 _warned: set[str] = set()
 
 
 def _warn_of_fallback(table: KernelTable, device: str, rejected: list[tuple[Kernel, str]]) -> None:
     """Say once per op that its reference runs although it has kernels."""
     name = table.schema.name
-    if name in _warned or len(table.all()) == 1:
+    if name in _warned or len(table.all()) == 1 or table.quiet:
         return
     _warned.add(name)
     if rejected:

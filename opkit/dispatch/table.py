@@ -6,7 +6,7 @@ Responsible for keeping kernels; choosing one is `select`, running it is `run`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 
 from opkit import _torch
 from opkit.cpp.light import Source
+from opkit.dispatch import inplace as inplaces
 from opkit.dispatch import preference
+from opkit.dispatch.inplace import Inplace
 from opkit.errors import RegistrationError, did_you_mean, warn
 from opkit.spec.plan import Plan
 from opkit.spec.schema import Schema, check_signature, describe
@@ -37,6 +39,8 @@ class Kernel:
     when: Callable[..., bool | str] | None = None
     priority: int = 0
     source: str = ""
+    properties: tuple[str, ...] = ()
+    inplace: Inplace = ()
     _slots: list[list[Any]] = field(default_factory=lambda: [[]], repr=False)
 
     def slot(self) -> list[Any]:
@@ -51,13 +55,15 @@ class Kernel:
 class KernelTable:
     """The kernels of one op, keyed by device and backend, and the choices already made among them."""
 
-    def __init__(self, schema: Schema, reference: Callable[..., Any]) -> None:
+    def __init__(self, schema: Schema, reference: Callable[..., Any], *, declared: bool = False) -> None:
         self.schema = schema
+        self.declared = declared  # there is no reference: what stands for it only raises
+        self.quiet = False  # whether running the reference needs no warning
         self._kernels: dict[tuple[str, str], Kernel] = {}
         self.decided: dict[Any, Kernel] = {}
         # The shape line, where native glue allocates by it; the runner sets it.
         self.plan: Callable[[], Plan | None] = lambda: None
-        self.reference = Kernel(REFERENCE, "any", reference, source=describe(reference))
+        self.reference = Kernel(REFERENCE, "any", schema.adapt(reference), source=describe(reference))
 
     def add(self, kernel: Kernel) -> None:
         """Register a kernel; one that takes the place of another from elsewhere warns."""
@@ -72,17 +78,28 @@ class KernelTable:
         preference.know(kernel.backend)
         self.decided = {}  # not cleared: a choice that is being made now goes to the old one
 
+    def has_kernels(self) -> bool:
+        """Whether there is any beside the reference; plugins are not asked."""
+        return len(self._kernels) > 0  # torch 2.11 traces no bool of a dict
+
     def for_device(self, device: str) -> list[Kernel]:
         """Return the kernels for a device, most wanted first, the reference last."""
         found = [k for k in self._kernels.values() if k.device == device]
-        return [*sorted(found, key=lambda k: (-k.priority, k.backend)), self.reference]
+        return [*sorted(found, key=lambda k: (-k.priority, k.backend)), *self._last()]
+
+    def overwrites(self) -> bool:
+        """Whether some kernel overwrites arguments."""
+        return any(k.inplace for k in self._kernels.values())
 
     def all(self) -> list[Kernel]:
         """Return every kernel, by device."""
         return [
             *sorted(self._kernels.values(), key=lambda k: (k.device, -k.priority, k.backend)),
-            self.reference,
+            *self._last(),
         ]
+
+    def _last(self) -> list[Kernel]:
+        return [] if self.declared else [self.reference]
 
 
 def device_type(device: str, op: str) -> str:
@@ -114,6 +131,9 @@ def make_kernel(
     when: Callable[..., bool | str] | None,
     priority: int,
     source: str | None,
+    properties: Iterable[str] = (),
+    inplace: Iterable[str] | Mapping[str, str | None] = (),
+    plan: Plan | None = None,
 ) -> Kernel:
     """Return a checked kernel for an op.
 
@@ -167,4 +187,10 @@ def make_kernel(
     if when is not None:
         check_signature(schema, when, f"the condition (when=) of a {backend} kernel")
     where = source or (str(function) if isinstance(function, Source) else describe(function))
-    return Kernel(backend, device, function, dtypes, when, priority, where)
+    doing = f"registering a {backend} kernel for {op}"
+    stated = preference.check_properties(properties, doing, RegistrationError, op)
+    reused = inplaces.resolve(schema, plan, inplace, doing)
+    if not isinstance(function, Source):
+        function = schema.adapt(function)
+    condition = when and schema.adapt(when)
+    return Kernel(backend, device, function, dtypes, condition, priority, where, stated, reused)

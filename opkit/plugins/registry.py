@@ -7,7 +7,7 @@ leaves nothing behind. Applying them, and reporting what does not fit, is the lo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
@@ -35,6 +35,8 @@ class Registration:
     dtypes: tuple[torch.dtype, ...] | None
     when: Callable[..., bool | str] | None
     priority: int
+    properties: tuple[str, ...] = ()
+    inplace: tuple[str, ...] | Mapping[str, str | None] = ()
     applied: bool = False
     refused: bool = False
 
@@ -51,6 +53,8 @@ class Registration:
             dtypes=self.dtypes,
             when=self.when,
             priority=self.priority,
+            properties=self.properties,
+            inplace=self.inplace,
             source=source,
         )
         self.applied, self.refused = True, False
@@ -92,7 +96,12 @@ class Registry:
         *,
         shapes: str | None = None,
         mutates_args: Sequence[str] = (),
+        schema: str | None = None,
+        inline: bool = False,
         tags: Sequence[torch.Tag] = (),
+        layout: str | torch.memory_format | None = None,
+        flops: Callable[..., Any] | None = None,
+        effects: bool = False,
     ) -> Callable[[Callable[P, R]], Op[P, R]]:
         """Make the decorated function an op, exactly as `opkit.op` does.
 
@@ -105,7 +114,10 @@ class Registry:
         self._check_open(f"declaring {name}")
         check_name(name)
         scope = dict(sys._getframe(1).f_locals)
-        decorate = _op.declaring(name, scope, shapes=shapes, mutates_args=mutates_args, tags=tags)
+        decorate: Callable[[Callable[P, R]], Op[P, R]] = _op.declaring(
+            name, scope, shapes=shapes, mutates_args=mutates_args, schema=schema, inline=inline, tags=tags,
+            layout=layout, flops=flops, effects=effects,
+        )  # fmt: skip
 
         def remember(function: Callable[P, R]) -> Op[P, R]:
             made = decorate(function)
@@ -113,6 +125,22 @@ class Registry:
             return made
 
         return remember
+
+    def declare(
+        self, schema: str, *, shapes: str | None = None, tags: Sequence[torch.Tag] = (), **options: Any
+    ) -> Op[..., Any]:
+        """Define an op without a reference, exactly as `opkit.declare` does.
+
+        Raises:
+            SchemaError, ShapeError, DuplicateOpError: as `opkit.declare` does.
+            RegistrationError: the plugin's function has returned.
+        """
+        from opkit import _declare
+
+        self._check_open(f"declaring {schema}")
+        made = _declare.declaring(schema, sys._getframe(1), shapes=shapes, tags=tags, **options)
+        self._ops.append(made)
+        return made
 
     @overload
     def register_kernel(
@@ -125,6 +153,8 @@ class Registry:
         dtypes: Iterable[torch.dtype] | None = None,
         when: Callable[..., bool | str] | None = None,
         priority: int = 0,
+        properties: Iterable[str] = (),
+        inplace: Iterable[str] | Mapping[str, str | None] = (),
     ) -> Callable[[F], F]: ...
 
     @overload
@@ -138,6 +168,8 @@ class Registry:
         dtypes: Iterable[torch.dtype] | None = None,
         when: Callable[..., bool | str] | None = None,
         priority: int = 0,
+        properties: Iterable[str] = (),
+        inplace: Iterable[str] | Mapping[str, str | None] = (),
     ) -> S: ...
 
     def register_kernel(
@@ -150,6 +182,8 @@ class Registry:
         dtypes: Iterable[torch.dtype] | None = None,
         when: Callable[..., bool | str] | None = None,
         priority: int = 0,
+        properties: Iterable[str] = (),
+        inplace: Iterable[str] | Mapping[str, str | None] = (),
     ) -> Any:
         """Add a kernel to an op, which may be defined now or later. Also a decorator.
 
@@ -165,6 +199,8 @@ class Registry:
             when: called with all arguments, keyword-only ones by name; returns True, or False or a
                 reason (str) why the kernel cannot take the call.
             priority: higher ones are tried first.
+            properties: what the kernel states of itself, for `opkit.require`.
+            inplace: arguments that it overwrites, as for `Op.register_kernel`.
 
         Raises:
             SchemaError: `op` is not `namespace::name`.
@@ -175,13 +211,25 @@ class Registry:
 
         if fn is None:
             return lambda f: self.register_kernel(
-                op, device, f, backend=backend, dtypes=dtypes, when=when, priority=priority
-            )
+                op, device, f, backend=backend, dtypes=dtypes, when=when, priority=priority,
+                properties=properties, inplace=inplace,
+            )  # fmt: skip
         self._check_open(f"registering a {backend} kernel for {op}")
         check_name(op)
         device = device_type(device, op)
         taken = tuple(dtypes) if dtypes is not None else None
-        self.registrations.append(Registration(op, device, fn, backend, taken, when, priority))
+        stated = (properties,) if isinstance(properties, str) else tuple(properties)
+        reused = (
+            dict(inplace)
+            if isinstance(inplace, Mapping)
+            else (inplace,)
+            if isinstance(inplace, str)
+            else inplace
+        )
+        reused = reused if isinstance(reused, dict) else tuple(reused)  # they may be iterators
+        self.registrations.append(
+            Registration(op, device, fn, backend, taken, when, priority, stated, reused)
+        )
         return fn
 
     def register_toolchain(self, toolchain: Toolchain) -> None:

@@ -1,63 +1,31 @@
-"""From a function's annotations to a torch schema, and from flat results to named ones.
+"""An op's schema: what it is called, what it takes and what it returns.
 
-Responsible for what an op is called, what it takes and what it returns. It must not know
+It says how calls and results change between their flat form, torch's and the caller's. It must not know
 kernels, and it registers nothing: a `Schema` is a value.
 """
 
 from __future__ import annotations
 
-import collections.abc
+import functools
 import inspect
 import json
-import math
 import re
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
 
-from opkit.errors import RegistrationError, SchemaError
+from opkit import _torch
+from opkit.errors import ArgumentError, RegistrationError, SchemaError
+from opkit.spec import results as result_forms
+from opkit.spec.results import Result as Result
+from opkit.spec.types import ValueType as ValueType
 
 REQUIRED: Any = inspect.Parameter.empty
 
-_BASES: dict[Any, str] = {
-    torch.Tensor: "Tensor",
-    int: "SymInt",
-    float: "float",
-    bool: "bool",
-    str: "str",
-    torch.dtype: "ScalarType",
-    torch.device: "Device",
-}
-_RESERVED = ("opkit_backend", "keyset", "self")  # the last two are taken for keyword-only ones
 _TORCHS_OWN = ("aten", "prim", "prims", "quantized", "inductor", "higher_order", "c10d", "_opkit_native")
-_LISTS = (list, collections.abc.Sequence)
-_ACCEPTED = (
-    "Tensor, int, float, bool, str, torch.dtype, torch.device, Optional[...] of these, and list[...] of these"
-)
-_RESULTS = "Tensor, list[Tensor], a tuple or NamedTuple of these, or None"
-
-
-@dataclass(frozen=True)
-class ValueType:
-    """The type of one argument or result, in the terms of the schema language."""
-
-    base: str
-    is_list: bool = False
-    optional: bool = False
-    optional_elements: bool = False
-
-    def __str__(self) -> str:
-        elements = "?" if self.optional_elements else ""
-        return f"{self.base}{elements}{'[]' if self.is_list else ''}{'?' if self.optional else ''}"
-
-    @property
-    def is_tensor(self) -> bool:
-        """Whether it is one Tensor, possibly None."""
-        return self.base == "Tensor" and not self.is_list
 
 
 @dataclass(frozen=True)
@@ -67,23 +35,19 @@ class Param:
     name: str
     type: ValueType
     default: Any = REQUIRED
+    """As torch carries it: a str or an int where it is a member of an Enum."""
     keyword_only: bool = False
     mutated: bool = False
+    filled: bool = False
+    """Whether the Op fills in the default, which the schema language cannot hold."""
 
     def declaration(self, alias: str) -> str:
         """Return how the schema language writes it: `Tensor(a!) x`, `float eps=1e-06`."""
         text = str(self.type)
         if self.mutated:
             text = text.replace("Tensor", f"Tensor({alias}!)", 1)
-        return f"{text} {self.name}" + ("" if self.default is REQUIRED else f"={_literal(self.default)}")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One result of an op; `name` is the NamedTuple's field, or out, or out0, out1, …"""
-
-    name: str
-    type: ValueType
+        without = self.filled or self.default is REQUIRED
+        return f"{text} {self.name}" + ("" if without else f"={_literal(self.default)}")
 
 
 @dataclass(frozen=True)
@@ -94,23 +58,42 @@ class Schema:
     params: tuple[Param, ...]
     results: tuple[Result, ...]
     container: Callable[..., Any] | None = None
-    """What the caller gets results in: a NamedTuple class, `tuple`, or None for a bare value."""
+    """What the caller gets results in: a NamedTuple or dataclass, `tuple`, or None for a bare value."""
+    home: str | None = None
+    """What opkit defines in torch for it, where it is not the op's name: an adopted op."""
     positional: tuple[Param, ...] = field(init=False)
     keyword_only: tuple[Param, ...] = field(init=False)
+    special: tuple[tuple[int, Param], ...] = field(init=False)
+    """The arguments, with their places, that the Op changes before torch gets them: see `carry`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "positional", tuple(p for p in self.params if not p.keyword_only))
-        object.__setattr__(self, "keyword_only", tuple(p for p in self.params if p.keyword_only))
+        put = functools.partial(object.__setattr__, self)
+        put("positional", tuple(p for p in self.params if not p.keyword_only))
+        put("keyword_only", tuple(p for p in self.params if p.keyword_only))
+        factory = not any(p.type.base == "Tensor" for p in self.params)
+        put(
+            "special",
+            tuple(
+                (i, p)
+                for i, p in enumerate(self.params)
+                if p.filled or p.type.is_carried or (factory and str(p.type) == "Device?")
+            ),
+        )
 
     @property
     def namespace(self) -> str:
-        """The part of the name before `::`."""
-        return self.name.split("::")[0]
+        """The part before `::` of the name in torch."""
+        return (self.home or self.name).split("::")[0]
 
     @property
     def opname(self) -> str:
-        """The part of the name after `::`."""
-        return self.name.split("::")[1]
+        """The part after `::` of the name in torch."""
+        return (self.home or self.name).split("::")[1]
+
+    @property
+    def symbol(self) -> str:
+        """What a native kernel's function is called, where nothing else is said."""
+        return self.name.split("::")[1].replace(".", "_")
 
     def declaration(self, name: str | None = None, extra: str = "") -> str:
         """Return the text for `Library.define`; `extra` is one more keyword-only argument."""
@@ -154,6 +137,69 @@ class Schema:
             )
         return tuple(values)
 
+    def carry(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments of a call as torch carries them, for those that are `special`.
+
+        Raises:
+            ArgumentError: a value is none of those that its annotation names.
+        """
+        args, kwargs = list(args), dict(kwargs)
+        for place, param in self.special:
+            if place < len(args) and not param.keyword_only:
+                args[place] = self._carried(param, args[place])
+            elif param.name in kwargs:
+                kwargs[param.name] = self._carried(param, kwargs[param.name])
+            elif param.filled:
+                kwargs[param.name] = param.default
+            elif param.type.base == "Device":
+                kwargs[param.name] = self._carried(param, param.default)
+        return args, kwargs
+
+    def _carried(self, param: Param, value: Any) -> Any:
+        if param.type.is_carried:
+            try:
+                return param.type.carry(value)
+            except ValueError as err:
+                raise self._argument_error(param, value, err) from None
+        if value is None and param.type.base == "Device":
+            # Inside the dispatcher `with torch.device(...)` is no longer in force.
+            return _default_device()
+        return value
+
+    def restore(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Return values in schema order as Python code sees them: members of an Enum, tuples.
+
+        Raises:
+            ArgumentError: a value is none of those that its annotation names.
+        """
+        restored = list(values)
+        for place, param in self.special:
+            if param.type.is_carried:
+                try:
+                    restored[place] = param.type.restore(values[place])
+                except ValueError as err:
+                    raise self._argument_error(param, values[place], err) from None
+        return tuple(restored)
+
+    def adapt(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function`, which takes what Python code sees, as one that takes what torch carries."""
+        if not any(p.type.is_carried for p in self.params):
+            return function
+
+        @functools.wraps(function)
+        def adapted(*args: Any, **kwargs: Any) -> Any:
+            given, named = self.split(self.restore(self.fill(args, kwargs)))
+            return function(*given, **named)
+
+        return adapted
+
+    def _argument_error(self, param: Param, value: Any, expected: Exception) -> ArgumentError:
+        return ArgumentError(
+            f"calling {self.name}: argument {param.name} is {value!r}; expected {expected}"
+            f"{' or None' if param.type.optional else ''}. Pass one.",
+            op=self.name,
+        )
+
     def split(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return values in schema order as (args, kwargs) for a call."""
         count = len(self.positional)
@@ -165,11 +211,14 @@ class Schema:
         """Return what a kernel or torch returned as one value per declared result."""
         if not self.results:
             return ()
-        if self.container is None:
+        container = self.container
+        if container is None:
             return (value,)
-        if isinstance(value, torch.Tensor) and len(self.results) == 1:
-            return (value,)  # torch unwraps a tuple of one
-        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if container is not tuple and isinstance(value, container):  # type: ignore[arg-type]
+            return result_forms.fields(container, value)
+        if isinstance(value, tuple) or (isinstance(value, list) and len(self.results) > 1):
+            return tuple(value)
+        return (value,)  # torch unwraps a tuple of one
 
     def raw(self, values: Sequence[Any]) -> Any:
         """Return flat results in the form torch's dispatcher expects from a kernel."""
@@ -182,50 +231,19 @@ class Schema:
         if self.container is None or not self.results:
             return value
         values = (value,) if len(self.results) == 1 else value
-        return tuple(values) if self.container is tuple else self.container(*values)
+        return result_forms.build(self.container, self.results, values)
 
 
-def from_function(
-    name: str, function: Callable[..., Any], *, mutates: Sequence[str] = (), scope: Mapping[str, Any] = {}
-) -> Schema:
-    """Return the schema of `function` under `name`; `scope` holds the caller's local names.
-
-    Raises:
-        SchemaError: the name has no namespace, or an annotation or default cannot be carried.
-    """
-    check_name(name)
-    where = f"declaring {name} from {describe(function)}"
-    signature = inspect.signature(function)
-    try:
-        hints = inspect.get_annotations(function, eval_str=True, locals=dict(scope))
-    except NameError as err:
-        raise SchemaError(
-            f"{where}: an annotation uses {err.name!r}, which is not defined there. Define it before the op, "
-            "at module level or in the function that declares the op.",
-            op=name,
-        ) from None
-    except (SyntaxError, AttributeError, TypeError) as err:
-        raise SchemaError(
-            f"{where}: an annotation cannot be read, {type(err).__name__}: {err}; expected {_ACCEPTED}. "
-            "Correct the annotation.",
-            op=name,
-        ) from err
-    params = tuple(_param(p, hints, mutates, where, name) for p in signature.parameters.values())
-    names = [p.name for p in params]
-    for mutated in mutates:
-        if mutated not in names:
-            raise SchemaError(
-                f"{where}: mutates_args names {mutated!r}, the arguments are {', '.join(names) or 'none'}. "
-                "Name arguments of the function.",
-                op=name,
-            )
-    results, container = _results(hints.get("return", REQUIRED), scope, where, name)
-    return Schema(name, params, results, container)
+@_torch.constant_while_tracing
+def _default_device() -> torch.device:
+    """Return the device of tensors without one; Dynamo guards on it, but does not trace the question."""
+    return torch.get_default_device()
 
 
 def check_name(name: str, doing: str = "declaring an op") -> None:
     """Raise SchemaError unless `name` is `namespace::name`."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*::[A-Za-z_]\w*", name):
+    overload = "" if doing.startswith("declaring") else r"(\.\w+)?"  # an adopted op may be one of several
+    if not isinstance(name, str) or not re.fullmatch(rf"[A-Za-z_]\w*::[A-Za-z_]\w*{overload}", name):
         hint = f"mylib::{name}" if isinstance(name, str) and name.isidentifier() else "mylib::my_op"
         lacks = "has no namespace" if isinstance(name, str) and "::" not in name else "is not an op's name"
         raise SchemaError(
@@ -254,6 +272,11 @@ def check_signature(schema: Schema, function: Callable[..., Any], what: str) -> 
             f"({', '.join(names)}). Pass one.",
             op=schema.name,
         )
+    if isinstance(function, FunctionType) and not vars(function):
+        code, count = function.__code__, len(schema.positional)
+        takes = code.co_argcount, code.co_kwonlyargcount, code.co_varnames[:count]
+        if takes == (len(names), 0, tuple(names)):
+            return  # the common case, without what inspect costs
     try:
         own = inspect.signature(function)
     except ValueError:  # a builtin without a signature: it is found out when it is called
@@ -273,164 +296,9 @@ def check_signature(schema: Schema, function: Callable[..., Any], what: str) -> 
         )
 
 
-def _param(
-    parameter: inspect.Parameter, hints: Mapping[str, Any], mutates: Sequence[str], where: str, op: str
-) -> Param:
-    name = parameter.name
-    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-        raise SchemaError(
-            f"{where}: parameter {parameter} takes any number of values, an op has a fixed signature. "
-            f"Name the arguments, or use {name}: list[Tensor].",
-            op=op,
-        )
-    reserved = _RESERVED if parameter.kind is parameter.KEYWORD_ONLY else _RESERVED[:1]
-    if name.startswith("_") or name in reserved:
-        raise SchemaError(
-            f"{where}: parameter {name!r} has a name that opkit or torch needs; expected one that does not start "
-            f"with an underscore and is not {' or '.join(reserved)}. Rename it.",
-            op=op,
-        )
-    if name not in hints:
-        raise SchemaError(
-            f"{where}: parameter {name!r} has no annotation; expected {_ACCEPTED}. Write {name}: Tensor.",
-            op=op,
-        )
-    value_type = _value_type(hints[name])
-    if value_type is None:
-        raise SchemaError(
-            f"{where}: parameter {name!r} is annotated {_shown(hints[name])}; expected {_ACCEPTED}. "
-            "Change the annotation, or pass the value in parts that have these types.",
-            op=op,
-        )
-    mutated = name in mutates
-    if mutated and (value_type.base != "Tensor" or value_type.optional or value_type.optional_elements):
-        raise SchemaError(
-            f"{where}: mutates_args names {name!r}, which is {_shown(hints[name])}; only a Tensor or "
-            "list[Tensor] that is always given can be mutated. Declare two ops, one with and one without it.",
-            op=op,
-        )
-    default = parameter.default
-    if isinstance(default, tuple) and value_type.is_list:
-        default = list(default)
-    if default is not REQUIRED and not _fits(default, value_type):
-        raise SchemaError(
-            f"{where}: parameter {name!r} has the default {default!r}, which does not fit "
-            f"{_shown(hints[name])}, or which the schema language cannot hold. Use None and fill it in the "
-            "function, or another default.",
-            op=op,
-        )
-    return Param(name, value_type, default, parameter.kind is parameter.KEYWORD_ONLY, mutated)
-
-
-def _value_type(annotation: Any) -> ValueType | None:
-    """Return the type an annotation stands for, or None where it stands for none."""
-    inner = _unwrap_optional(annotation)
-    if inner is not None:
-        found = _value_type(inner)
-        if found is None or found.optional:
-            return None
-        return ValueType(found.base, found.is_list, True, found.optional_elements)
-    if isinstance(annotation, collections.abc.Hashable) and annotation in _BASES:
-        return ValueType(_BASES[annotation])
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        origin, args = list, args[:1]
-    if origin in _LISTS and len(args) == 1:
-        element = _value_type(args[0])
-        if element is None or element.is_list:
-            return None
-        if element.optional and element.base != "Tensor":
-            return None
-        return ValueType(element.base, True, False, element.optional)
-    return None
-
-
-def _unwrap_optional(annotation: Any) -> Any:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        args = [a for a in typing.get_args(annotation) if a is not type(None)]
-        if len(args) == 1 and len(typing.get_args(annotation)) == 2:
-            return args[0]
-    return None
-
-
-def _results(
-    annotation: Any, scope: Mapping[str, Any], where: str, op: str
-) -> tuple[tuple[Result, ...], Callable[..., Any] | None]:
-    def refuse(found: str) -> SchemaError:
-        return SchemaError(f"{where}: {found}; expected {_RESULTS}. Change the return annotation.", op=op)
-
-    def result(name: str, part: Any) -> Result:
-        value_type = _value_type(part)
-        if value_type is None or value_type.base != "Tensor" or value_type.optional:
-            raise refuse(f"the return annotation holds {_shown(part)} (for {name})")
-        return Result(name, value_type)
-
-    if annotation is REQUIRED:
-        raise refuse("there is no return annotation")
-    if annotation is None or annotation is type(None):
-        return (), None
-    if isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields"):
-        try:
-            hints = typing.get_type_hints(annotation, localns=dict(scope))
-        except NameError as err:
-            raise refuse(f"a field of {annotation.__name__} uses {err.name!r}, not defined there") from None
-        fields = annotation._fields
-        return tuple(result(f, hints.get(f, REQUIRED)) for f in fields), annotation
-    parts: Sequence[Any] | None = None
-    if isinstance(annotation, tuple):  # the tutorials' spelling: -> (Tensor, Tensor)
-        parts = annotation
-    elif typing.get_origin(annotation) is tuple:
-        parts = typing.get_args(annotation)
-    if parts is not None:
-        if not parts or Ellipsis in parts:
-            raise refuse(f"the return annotation is {_shown(annotation)}, which has no fixed length")
-        return tuple(result(f"out{i}", part) for i, part in enumerate(parts)), tuple
-    return (result("out", annotation),), None
-
-
-_PYTHON: dict[str, tuple[type, ...]] = {
-    "Tensor": (),
-    "SymInt": (int,),
-    "float": (float, int),
-    "bool": (bool,),
-    "str": (str,),
-    "ScalarType": (torch.dtype,),
-    "Device": (torch.device,),
-}
-
-
-def _fits(default: Any, value_type: ValueType) -> bool:
-    """Whether the schema language can hold the default of an argument."""
-    if default is None:
-        return value_type.optional
-    if value_type.is_list:  # the parser knows list literals of integers only
-        return (
-            value_type.base == "SymInt"
-            and isinstance(default, list)
-            and all(type(i) is int and -(2**63) <= i < 2**63 for i in default)
-        )
-    if isinstance(default, bool):
-        return value_type.base == "bool"
-    if isinstance(default, float) and not math.isfinite(default):
-        return False
-    if isinstance(default, int) and not -(2**63) <= default < 2**63:
-        return False
-    if isinstance(default, str) and not default.isascii():
-        return False
-    return isinstance(default, _PYTHON[value_type.base])
-
-
 def _literal(default: Any) -> str:
-    if isinstance(default, torch.dtype):
+    if isinstance(default, (torch.dtype, torch.layout, torch.memory_format)):
         return str(default).removeprefix("torch.")
     if isinstance(default, (str, torch.device)):
         return json.dumps(str(default))
     return str(default)
-
-
-def _shown(annotation: Any) -> str:
-    if annotation is REQUIRED:
-        return "nothing"
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
-    return str(annotation)

@@ -1,7 +1,9 @@
 """The shape line: `*b n, n -> *b n:x, *b 1:float32`, read into entries.
 
     line       = entries "->" entries          entries = entry {"," entry} | nothing
-    entry      = dim {dim} [":" suffix]        one entry per Tensor argument, per Tensor result
+    entry      = dims [":" suffix]             one entry per Tensor argument, per Tensor result
+               | "[" dims "]" [":" suffix]     a list of tensors, the shape of each
+    dims       = dim {dim}
     dim        = name | number | "*" name | "_" | "..." | "()" | expression without spaces | "?" name ["<=" bound]
     bound      = name | number | expression without spaces
     suffix     = a dtype, the name of a Tensor argument, or of a dtype argument
@@ -13,11 +15,12 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from opkit.errors import ShapeError
+from opkit.spec.sizes import LARGEST
 
-_LARGEST = 2**63 - 1  # of torch's sizes, and of int64_t in the native glue
 _LONGEST = 500  # characters of an expression; how deep Python parses depends on the process
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 
@@ -59,11 +62,21 @@ class Dim:
 
 @dataclass(frozen=True)
 class Entry:
-    """The shape of one tensor, and the suffix that says its dtype."""
+    """The shape of one tensor, or of each in a list, and the suffix that says its dtype.
+
+    `dtypes` are names of those that an annotation allows, where it allows several; a line's text has none.
+    """
 
     dims: tuple[Dim, ...]
     suffix: str | None = None
     column: int = field(default=0, compare=False)
+    is_list: bool = False
+    dtypes: tuple[str, ...] = ()
+
+    @property
+    def usual_dtype(self) -> str:
+        """The dtype among those of an annotation that somebody most likely wants."""
+        return next((d for d in ("float32", "int64", "complex64") if d in self.dtypes), self.dtypes[0])
 
     @property
     def star(self) -> int | None:
@@ -72,6 +85,7 @@ class Entry:
 
     def __str__(self) -> str:
         shape = " ".join(map(str, self.dims)) or "()"
+        shape = f"[{shape}]" if self.is_list else shape
         return shape + (f":{self.suffix}" if self.suffix else "")
 
 
@@ -87,6 +101,9 @@ class ShapeLine:
         return f"{left} -> {right}".strip()
 
 
+_parsed: dict[str, ShapeLine] = {}
+
+
 def parse(text: str, *, op: str) -> ShapeLine:
     """Read a shape line.
 
@@ -98,6 +115,8 @@ def parse(text: str, *, op: str) -> ShapeLine:
         >>> str(line.outputs[1]), line.outputs[1].suffix
         ('*b 1:float32', 'float32')
     """
+    if isinstance(text, str) and text in _parsed:
+        return _parsed[text]
     if not isinstance(text, str):
         raise ShapeError(
             f"reading the shape line of {op}: found {text!r}; expected text as in 'n -> n'.", op=op
@@ -105,7 +124,9 @@ def parse(text: str, *, op: str) -> ShapeLine:
     if text.count("->") != 1:
         raise error(text, 0, op, f"found {text.count('->')} arrows", "one '->' between inputs and outputs")
     left, right = text.split("->")
-    return ShapeLine(_entries(text, left, 0, op), _entries(text, right, len(left) + 2, op))
+    line = ShapeLine(_entries(text, left, 0, op), _entries(text, right, len(left) + 2, op))
+    _parsed[text] = line  # ops of one library have few different ones
+    return line
 
 
 def error(text: str, column: int, op: str, found: str, expected: str) -> ShapeError:
@@ -135,20 +156,37 @@ def _entry(text: str, part: str, offset: int, op: str) -> Entry:
     if colon and not suffix.strip().isidentifier():
         column = offset + len(shape) + 1
         raise error(text, column, op, f"the suffix {suffix.strip()!r}", "a dtype or an argument's name")
-    dims: list[Dim] = []
+    is_list = shape.lstrip().startswith("[")
+    if is_list:
+        shape, offset = _elements(text, shape, offset, start, op)
     words = list(re.finditer(r"\S+", shape))
     if not words:
-        raise error(text, start, op, "an empty entry", "dimensions, or () for rank 0")
-    if [w.group() for w in words] == ["()"]:
-        return Entry((), suffix.strip() or None, start)
-    for word in words:
-        dims.append(_dim(text, word.group(), offset + word.start(), op))
+        found, rank0 = ("an empty list", "[()]") if is_list else ("an empty entry", "()")
+        raise error(text, start, op, found, f"dimensions, or {rank0} for rank 0")
+    dims = dimensions(text, words, offset, op) if [w.group() for w in words] != ["()"] else ()
+    return Entry(dims, suffix.strip() or None, start, is_list)
+
+
+def dimensions(text: str, words: Iterable[re.Match[str]], offset: int, op: str) -> tuple[Dim, ...]:
+    """Read the dimensions of one entry, whose words begin `offset` characters into the text."""
+    dims = tuple(_dim(text, word.group(), offset + word.start(), op) for word in words)
     stars = [d for d in dims if d.star]
     if len(stars) > 1:
         raise error(
             text, stars[1].column, op, f"{stars[1]} after {stars[0]}", "at most one of these in an entry"
         )
-    return Entry(tuple(dims), suffix.strip() or None, start)
+    return dims
+
+
+def _elements(text: str, shape: str, offset: int, start: int, op: str) -> tuple[str, int]:
+    """Return what stands in the brackets of a list, and where it begins."""
+    before, closed, after = shape.partition("]")
+    if not closed:
+        raise error(text, start, op, "'[' without ']'", "']' after the dimensions of the list's elements")
+    if after.strip():
+        column = offset + len(before) + 1 + len(after) - len(after.lstrip())
+        raise error(text, column, op, f"{after.strip()!r} after ']'", "a suffix or the end of the entry")
+    return before[before.index("[") + 1 :], start + 1
 
 
 def _dim(text: str, word: str, column: int, op: str) -> Dim:
@@ -159,7 +197,7 @@ def _dim(text: str, word: str, column: int, op: str) -> Dim:
     if word[0] == "?":
         return _open(text, word, column, op)
     if word[0] == "[":
-        raise error(text, column, op, f"{word!r}", "a dimension; lists need register_fake")
+        raise error(text, column, op, f"{word!r}", "a dimension; a list is an entry by itself, as in [a b]")
     size = _size(text, word, column, op)
     if size is None:
         raise error(
@@ -191,7 +229,7 @@ def _size(text: str, word: str, column: int, op: str) -> Dim | None:
     """Return a name, a number or an expression, or None where the word is none of them."""
     if word.isascii() and word.isdigit():
         digits = word.lstrip("0") or "0"
-        if len(digits) > 19 or int(digits) > _LARGEST:
+        if len(digits) > 19 or int(digits) > LARGEST:
             raise error(text, column, op, "a number that no size can have", "one below 2**63")
         return Dim(digits, column=column)
     if (word.isascii() and word.isidentifier()) or _is_expression(word):
@@ -213,7 +251,7 @@ def _is_expression(word: str) -> bool:
             if not isinstance(node.op, _OPERATORS):
                 return False
         elif isinstance(node, ast.Constant):
-            if type(node.value) is not int or node.value > _LARGEST:
+            if type(node.value) is not int or node.value > LARGEST:
                 return False
         elif not isinstance(node, (ast.Name, ast.Load, ast.operator)):
             return False

@@ -9,21 +9,28 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from opkit import _torch
 from opkit.errors import GradientError, RegistrationError
 from opkit.spec.plan import Plan, Tensors
 from opkit.spec.schema import REQUIRED, Param, Schema, describe
+from opkit.transforms.forward_mode import ReferenceTangents, Tangents
 
 
 class Formula(Protocol):
     """How an op is differentiated."""
 
     non_differentiable: frozenset[str]
+
+    @property
+    def tangents(self) -> Tangents | None:
+        """The rule for forward mode that comes with it."""
 
     def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Keep what the backward pass needs: arguments in schema order, outputs in order."""
@@ -34,6 +41,8 @@ class Formula(Protocol):
 
 class FunctionFormula:
     """torch's form: `backward(ctx, *grads)` and `setup_context(ctx, inputs, output)`."""
+
+    tangents = None
 
     def __init__(
         self,
@@ -52,15 +61,16 @@ class FunctionFormula:
 
     def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         if self.setup_context is not None:
-            self.setup_context(ctx, values, self.schema.pack(self.schema.raw(outputs)))
+            self.setup_context(ctx, self.schema.restore(values), self.schema.pack(self.schema.raw(outputs)))
 
     def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
         result = self.backward(ctx, *grads)
-        names = [p.name for p in self.schema.params]
+        params = self.schema.params
         if not isinstance(result, tuple):
-            only_list = len(names) == 1 and self.schema.params[0].type.is_list
+            only_list = len(params) == 1 and params[0].type.is_list
             result = (result,) if not isinstance(result, list) or only_list else tuple(result)
-        if len(result) != len(names):
+        if len(result) != len(params):
+            names = [p.name for p in params]
             raise GradientError(
                 f"differentiating {self.schema.name}: its backward returned {len(result)} gradients; expected "
                 f"{len(names)}, one per argument in order: {', '.join(names)}. Return None for arguments "
@@ -71,6 +81,9 @@ class FunctionFormula:
 
 
 def _check_arity(schema: Schema, function: Callable[..., Any], what: str, arguments: Sequence[str]) -> None:
+    code = function.__code__ if isinstance(function, FunctionType) else None
+    if code is not None and code.co_argcount == len(arguments) and not code.co_kwonlyargcount:
+        return  # the common case, without what inspect costs
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:
@@ -86,6 +99,8 @@ def _check_arity(schema: Schema, function: Callable[..., Any], what: str, argume
 
 class OpFormula:
     """The formula is another op: it takes the outputs' gradients, then the saved values."""
+
+    tangents = None
 
     def __init__(
         self,
@@ -163,69 +178,129 @@ class ReferenceFormula:
             )
         self.schema = schema
         self.reference = reference
+        self._call = schema.adapt(reference)
         self.non_differentiable = frozenset(non_differentiable)
+        self.tangents = ReferenceTangents(schema, self._call, as_in_forward_within_a_kernel)
 
     def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         save_values(ctx, values)
 
     def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
-        again = torch.is_grad_enabled()  # a second derivative is wanted: stay connected to the inputs
-        wanted: list[Tensor] = []
-
-        def leaf(value: Any, needed: bool) -> Any:
-            if not (isinstance(value, Tensor) and needed):
-                return value.detach() if isinstance(value, Tensor) and not again else value
-            own = value.view_as(value) if again else value.detach().requires_grad_()
-            wanted.append(own)
-            return own
-
+        needs = ctx.needs_input_grad
         saved = saved_values(ctx)
-        with torch.enable_grad(), self._as_in_forward(saved):
-            values = []
-            for value, needed in zip(saved, ctx.needs_input_grad, strict=True):
-                if isinstance(
-                    needed, (list, tuple)
-                ):  # a list of tensors; of a list of numbers none is needed
-                    values.append([leaf(v, n) for v, n in zip(value, needed, strict=True)])
-                else:
-                    values.append(leaf(value, bool(needed)))
-            args, kwargs = self.schema.split(values)
-            outputs = self.schema.flatten(self.reference(*args, **kwargs))
-            pairs: list[tuple[Any, Any]] = []
-            for result, output, grad in zip(self.schema.results, outputs, grads, strict=True):
-                if result.name in self.non_differentiable:
-                    continue
-                many = result.type.is_list
-                pairs += zip(output if many else (output,), grad if many else (grad,), strict=True)
-            pairs = [(o, g) for o, g in pairs if isinstance(o, Tensor) and o.requires_grad and g is not None]
-            if not pairs or not wanted:
-                return [None] * len(self.schema.params)
-            found = iter(
-                torch.autograd.grad(
-                    [o for o, _ in pairs],
-                    wanted,
-                    [g.to(o.dtype) for o, g in pairs],
-                    create_graph=again,
-                    allow_unused=True,
-                )
-            )
-        result_grads: list[Any] = []
-        for needed in ctx.needs_input_grad:
-            if isinstance(needed, (list, tuple)):
-                result_grads.append([next(found) if n else None for n in needed])
-            else:
-                result_grads.append(next(found) if needed else None)
-        return result_grads
+        wanted = [v for v, need in _pairs(saved, needs) if need]
+        chosen = [
+            (index, place)
+            for index, (result, grad) in enumerate(zip(self.schema.results, grads, strict=True))
+            if result.name not in self.non_differentiable
+            for place, one in (enumerate(grad) if isinstance(grad, (list, tuple)) else [(None, grad)])
+            if one is not None
+        ]
 
-    @contextlib.contextmanager
-    def _as_in_forward(self, values: Sequence[Any]) -> Iterator[None]:
-        """Run the reference as the kernel ran: without autocast (dispatch/run.py), and with no other numbers."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_RefuseRandom(self.schema.name))
-            for device in {v.device.type for v in values if isinstance(v, Tensor)}:
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+        def again(*leaves: Tensor) -> list[Any]:
+            """Return the outputs that have gradients, from the arguments that need one."""
+            rest = iter(leaves)
+            values = [_replaced(v, need, rest) for v, need in zip(saved, needs, strict=True)]
+            args, kwargs = self.schema.split(values)
+            outputs = self.schema.flatten(self._call(*args, **kwargs))
+            return [outputs[i] if p is None else outputs[i][p] for i, p in chosen]
+
+        if not wanted or not chosen:
+            return [None] * len(self.schema.params)
+        cotangents = [grads[i] if p is None else grads[i][p] for i, p in chosen]
+        with as_in_forward(self.schema.name, saved):
+            found = iter(_derived(again, wanted, cotangents))
+        return [_replaced(None, need, found) for need in needs]
+
+
+def _derived(
+    function: Callable[..., list[Any]], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Return the gradients of the leaves, connected to them where a second derivative is wanted."""
+    if _torch.in_func_transform():  # only a level of its own can be differentiated there
+        leaves = [leaf.view_as(leaf) for leaf in leaves]  # of an ended transform, perhaps, which this unwraps
+        kept: list[tuple[int, torch.dtype]] = []
+
+        def differentiable(*given: Tensor) -> tuple[Tensor, ...]:
+            outputs = [
+                (i, o) for i, o in enumerate(function(*given)) if o.is_floating_point() or o.is_complex()
+            ]
+            kept.extend((i, o.dtype) for i, o in outputs)
+            return tuple(o for _, o in outputs)
+
+        pull: Any = torch.func.vjp(differentiable, *leaves)[1]
+        found: tuple[Tensor, ...] = pull(tuple(cotangents[i].to(dtype) for i, dtype in kept))
+        return found
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [leaf.view_as(leaf) if twice else leaf.detach() for leaf in leaves]
+        leaves = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+        pairs = [
+            (o, g.to(o.dtype)) for o, g in zip(function(*leaves), cotangents, strict=True) if o.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(leaves)
+        return torch.autograd.grad(
+            [o for o, _ in pairs], leaves, [g for _, g in pairs], create_graph=twice, allow_unused=True
+        )
+
+
+def _pairs(values: Sequence[Any], needs: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yield each value with whether it needs a gradient, those of lists one by one."""
+    for value, need in zip(values, needs, strict=True):
+        if isinstance(need, (list, tuple)):  # a list of tensors; of a list of numbers none is needed
+            yield from zip(value, need, strict=True)
+        else:
+            yield value, bool(need)
+
+
+def _replaced(value: Any, need: Any, leaves: Iterator[Any]) -> Any:
+    """Return `value` with the next leaves in the place of what needs a gradient."""
+    if isinstance(need, (list, tuple)):
+        values = value if value is not None else [None] * len(need)
+        return [next(leaves) if n else v for v, n in zip(values, need, strict=True)]
+    return next(leaves) if need else value
+
+
+@contextlib.contextmanager
+def as_in_forward(op: str, values: Sequence[Any]) -> Iterator[None]:
+    """Run a reference again as its kernel ran: without autocast (dispatch/run.py), and with no other numbers."""
+    flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,))]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_RefuseRandom(op))
+        for device in {v.device.type for v in flat if isinstance(v, Tensor)}:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def as_in_forward_within_a_kernel(op: str, values: Sequence[Any]) -> Iterator[None]:
+    """Do the same inside of an autograd kernel, from where torch.func keeps what a level below sees."""
+    if _torch.in_func_transform():
+        for value in values:
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(one, Tensor) and torch.is_autocast_enabled(one.device.type):
+                    raise GradientError(
+                        f"differentiating {op} in forward mode by its reference: torch.func runs the reference "
+                        "under the autocast that is on, and the op runs without it, so tangents would be inexact. "
+                        "Turn autocast off around the transform, or register a function with register_jvp.",
+                        op=op,
+                    )
+        with _RefuseRandomCalls(op):
             yield
+    else:
+        with as_in_forward(op, values):
+            yield
+
+
+def _random_error(op: str, drawn: Any) -> GradientError:
+    return GradientError(
+        f"differentiating {op} by its reference: the reference draws random numbers ({drawn}), and it would draw "
+        "others than in forward. Pass the numbers as an argument, or write the formula with register_autograd "
+        "or register_jvp.",
+        op=op,
+    )
 
 
 class _RefuseRandom(_torch.TorchDispatchMode):
@@ -237,12 +312,22 @@ class _RefuseRandom(_torch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise GradientError(
-                f"differentiating {self.op} by its reference: the reference draws random numbers ({func}), and in "
-                "backward it would draw others than in forward. Pass the numbers as an argument, or write the "
-                "formula with register_autograd.",
-                op=self.op,
-            )
+            raise _random_error(self.op, func)
+        return func(*args, **(kwargs or {}))
+
+
+class _RefuseRandomCalls(TorchFunctionMode):
+    """Raise where the code inside calls a torch function that draws random numbers."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = getattr(torch.ops.aten, getattr(func, "__name__", ""), None)
+        overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
+        if any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads):
+            raise _random_error(self.op, func)
         return func(*args, **(kwargs or {}))
 
 
@@ -250,6 +335,7 @@ class NoFormula:
     """What an op has before a gradient is registered: differentiating it raises."""
 
     non_differentiable: frozenset[str] = frozenset()
+    tangents = None
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
@@ -287,7 +373,7 @@ def differentiable_outputs(
 ) -> tuple[int, ...]:
     """Return the places of the results that may have a gradient, by what is declared."""
     without = non_differentiable | _integer(plan.outputs if plan is not None else ())
-    return tuple(i for i, r in enumerate(schema.results) if r.name not in without)
+    return tuple(i for i, r in enumerate(schema.results) if r.name not in without and not r.is_number)
 
 
 def _integer(tensors: Sequence[Tensors]) -> set[str]:

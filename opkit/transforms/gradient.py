@@ -2,6 +2,9 @@
 
 Used for every op, also for one without a formula, so that backward raises instead of stopping silently.
 It never goes through `torch.library.register_autograd`, which refuses keyword-only tensors and mutation.
+
+Under torch.func the kernel runs once for every level of the transforms, as torch's own C++ kernels do: each
+level records its own derivative and calls the op again for the level below.
 """
 
 from __future__ import annotations
@@ -15,16 +18,25 @@ from torch import Tensor
 from opkit import _torch
 from opkit.errors import GradientError
 from opkit.spec.schema import Schema
+from opkit.transforms import double_backward, forward_mode, mutation
 from opkit.transforms.formula import Formula, NoFormula
+from opkit.transforms.forward_mode import Tangents
 
+EXTRA = "opkit_backend"  # the keyword argument that a variant has beside the op's own
 _FIXED = 2  # leading arguments of Function.apply that are not the op's
 _NOTHING = (None,) * _FIXED  # their gradients
 
 
 def autograd_kernel(
-    schema: Schema, overload: Any, run: Callable[..., Any], formula: Callable[[], Formula], *, variant: bool
+    schema: Schema,
+    overload: Any,
+    run: Callable[..., Any],
+    formula: Callable[[], Formula],
+    tangents: Callable[[], Tangents | None],
+    *,
+    variant: bool,
 ) -> Callable[..., Any]:
-    """Return the kernel for the Autograd key of `overload`, which asks `formula` at every call.
+    """Return the kernel for the Autograd key of `overload`, which asks for the rules at every call.
 
     Args:
         schema: of the op.
@@ -32,6 +44,7 @@ def autograd_kernel(
         run: what `overload` does on real tensors, called without another trip through the dispatcher where
             nothing stands between autograd and the device.
         formula: gives the formula now registered.
+        tangents: gives the rule for forward mode, if there is one.
         variant: whether the overload has one more keyword argument, which is passed on as it is.
     """
     types = [p.type for p in schema.params] + [r.type for r in schema.results]
@@ -39,6 +52,7 @@ def autograd_kernel(
     mutates = any(p.mutated for p in schema.params)
     # A mutating op has a kernel of its own on ADInplaceOrView, for the others the key means nothing.
     mask = _torch.after_autograd if mutates else _torch.after_inplace_or_view
+    plain = [i for i, p in enumerate(schema.params) if p.type.base != "Tensor"]
     straight = _torch.Straight(overload)
     flat_call = _Call([None] * len(schema.params), [None] * len(schema.results))
 
@@ -49,78 +63,120 @@ def autograd_kernel(
             return overload.redispatch(keyset & mask, *args, **kwargs)
 
     def forward(ctx: Any, keyset: Any, call: _Call, *flat: Any) -> Any:
-        values = _unflatten(flat, call.lengths) if nested else flat
-        if schema.keyword_only:
-            args, kwargs = schema.split(values)
-            outputs = schema.flatten(below(keyset, args, {**kwargs, **call.extra}))
+        values = tuple(_unflatten(flat, call.lengths)) if nested else flat
+        args, kwargs = schema.split(values) if schema.keyword_only else (values, {})
+        kwargs = {**kwargs, **call.extra} if call.extra else kwargs
+        if call.modes is None:
+            outputs = schema.flatten(below(keyset, args, kwargs))
         else:
-            outputs = schema.flatten(below(keyset, values, call.extra))
+            with _torch.differentiating(*call.modes):
+                outputs = schema.flatten(below(keyset, args, kwargs))
+        # As the formula knows its arguments. In backward it would be too late: threads may share the context.
+        needs = ctx.needs_input_grad[_FIXED:]
+        ctx.needs_input_grad = tuple(_unflatten(needs, call.lengths)) if nested else needs
         rule = formula()
-        rule.save(ctx, tuple(values), outputs)
-        ctx.opkit_call, ctx.opkit_formula = call, rule
+        rule.save(ctx, values, outputs)
+        constant = _without_gradient(schema, outputs, rule)
+        metas = [(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in flat]
+        lost = double_backward.lost_history(ctx, rule, values, outputs, constant)
+        ctx.opkit_call = call, rule, metas, lost
         if nested:
             call.outputs = [len(o) if isinstance(o, (list, tuple)) else None for o in outputs]
-        constant = _without_gradient(schema, outputs, rule)
         if constant:
-            ctx.mark_non_differentiable(*constant)
+            ctx.mark_non_differentiable(*(ctx.non_differentiable or ()), *constant)
+        if call.dual:
+            ctx.opkit_forward = values, outputs, ctx.non_differentiable or ()
         return tuple(_flatten(outputs, call.outputs)) if nested else outputs
 
     def backward(ctx: Any, *flat: Any) -> Any:
-        call: _Call = ctx.opkit_call
-        needs = ctx.needs_input_grad
-        own, grads = needs[_FIXED:], flat
+        call, rule, metas, lost = ctx.opkit_call
+        grads = tuple(_unflatten(flat, call.outputs)) if nested else flat
+        seen = (
+            ctx if lost is None or not torch.is_grad_enabled() else double_backward.tracked(schema, ctx, lost)
+        )
+        found = rule.gradients(seen, grads)
+        for index in plain:
+            if found[index] is not None:
+                raise _gradient_error(
+                    schema, schema.params[index].name, _kind(found[index]), "None, as it is not a tensor"
+                )
         if nested:
-            own, grads = tuple(_unflatten(own, call.lengths)), tuple(_unflatten(flat, call.outputs))
-        ctx.needs_input_grad = own
-        try:
-            found = ctx.opkit_formula.gradients(ctx, grads)
-        finally:
-            ctx.needs_input_grad = needs  # a retained graph comes here again
-        return (*_NOTHING, *(_laid_flat(schema, found, call.lengths) if nested else found))
+            found = _laid_flat(schema, found, call.lengths)
+        for index, (grad, meta) in enumerate(zip(found, metas, strict=True)):
+            if grad is not None and (
+                type(grad) is not Tensor or (grad.shape, grad.dtype, grad.device) != meta
+            ):
+                _check_gradient(schema, index, call.lengths, grad, meta)
+        return (*_NOTHING, *found)
 
-    function: Any = type(
-        schema.opname,  # torch adds Backward
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-    )
+    def jvp(ctx: Any, *flat: Any) -> Any:
+        call, formula_rule, _, _ = ctx.opkit_call
+        values, outputs, constant = ctx.opkit_forward
+        del ctx.opkit_forward  # outputs that know the context, and are known to it
+        rule = tangents()
+        assert rule is not None  # `kernel` has asked
+        with _torch.differentiating(torch.is_grad_enabled(), True):
+            # Those that torch passes here are zeros also where there is none.
+            given = tuple(map(forward_mode.tangent, values))
+            primals = tuple(map(forward_mode.primal, values))
+            found = rule.tangents(primals, outputs, given, formula_rule.save)
+            found = [_completed(o, t, constant) for o, t in zip(outputs, found, strict=True)]
+        found = _flatten(found, call.outputs) if nested else found
+        return found[0] if len(found) == 1 else tuple(found)
+
+    made: list[Callable[..., Any]] = []
+
+    def applier() -> Callable[..., Any]:
+        """Return what records a call; made when first needed, as it costs as much as all else in defining an op."""
+        if not made:
+            function: Any = type(
+                schema.opname,  # torch adds Backward
+                (_torch.LevelFunction,),
+                {
+                    "forward": staticmethod(forward),
+                    "backward": staticmethod(backward),
+                    "jvp": staticmethod(jvp),
+                },
+            )
+            made.append(function.apply)
+        return made[0]
 
     def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if _torch.in_forward_mode():
-            _refuse_tangents(schema, [*args, *kwargs.values()])
-        if not (torch.is_grad_enabled() and _torch.any_requires_grad(*args, **kwargs)):
+        dual = _torch.in_forward_mode() and forward_mode.has_tangents([*args, *kwargs.values()])
+        if dual and (mutates or not schema.results or tangents() is None):
+            forward_mode.refuse_tangents(schema, [*args, *kwargs.values()])
+        transformed = _torch.in_func_transform()
+        if transformed and mutates:
+            mutation.refuse_unseen_mutation(schema)
+        if not dual and not (torch.is_grad_enabled() and _torch.any_requires_grad(*args, **kwargs)):
             return below(keyset, args, kwargs)
         extra = {EXTRA: kwargs.pop(EXTRA)} if variant else {}
         values = schema.fill(args, kwargs)
         if mutates:
-            _refuse_lost_gradients(schema, values, formula())
+            mutation.refuse_lost_gradients(schema, values, not isinstance(formula(), NoFormula))
         if not schema.results:
             args, kwargs = schema.split(values)
             return below(keyset, args, {**kwargs, **extra})
         call = flat_call
-        if nested or extra:
+        if nested or extra or dual or transformed:
             call = _Call(_lengths(schema, values), [None] * len(schema.results), extra)
-        try:
-            outputs = function.apply(keyset, call, *(_flatten(values, call.lengths) if nested else values))
-        except RuntimeError as err:
-            if "setup_context" not in str(err):
-                raise
-            raise GradientError(
-                f"differentiating {schema.name} with torch.func: torch cannot transform a formula in Python; "
-                "expected torch.autograd (backward, autograd.grad, functional.jacobian). Use it instead.",
-                op=schema.name,
-            ) from err
+            call.dual = dual
+        flat = _flatten(values, call.lengths) if nested else values
+        if transformed:
+            call.modes = _torch.differentiation_modes()
+            with _torch.at_one_level():
+                outputs = applier()(keyset, call, *flat)
+        else:
+            outputs = applier()(keyset, call, *flat)
         return schema.raw(_unflatten(outputs, call.outputs) if nested else outputs)
 
     return kernel
 
 
-EXTRA = "opkit_backend"  # the keyword argument that a variant has beside the op's own
-
-
 class _Call:
-    """How one call's nested arguments and outputs were laid flat for autograd."""
+    """What one call has of its own: how its nested arguments and outputs were laid flat, and how it is derived."""
 
-    __slots__ = ("extra", "lengths", "outputs")
+    __slots__ = ("dual", "extra", "lengths", "modes", "outputs")
 
     def __init__(
         self, lengths: list[int | None], outputs: list[int | None], extra: dict[str, Any] | None = None
@@ -128,6 +184,10 @@ class _Call:
         self.lengths = lengths
         self.outputs = outputs
         self.extra = extra or {}
+        self.dual = False
+        """Whether an argument has a tangent."""
+        self.modes: tuple[bool, bool] | None = None
+        """What is on of reverse and forward mode, where outer levels of torch.func must see it."""
 
 
 def _lengths(schema: Schema, values: Sequence[Any]) -> list[int | None]:
@@ -141,9 +201,21 @@ def _without_gradient(schema: Schema, outputs: Sequence[Any], rule: Formula) -> 
     found = []
     for result, output in zip(schema.results, outputs, strict=True):
         for one in output if isinstance(output, (list, tuple)) else (output,):
+            if not isinstance(one, Tensor):
+                continue
             if result.name in rule.non_differentiable or not (one.is_floating_point() or one.is_complex()):
                 found.append(one)
     return found
+
+
+def _completed(output: Any, tangent: Any, constant: Sequence[Any]) -> Any:
+    """Return the tangent of an output as torch demands it: zeros for None, and None where there is no derivative."""
+    if isinstance(output, (list, tuple)):
+        tangents = tangent if tangent is not None else [None] * len(output)
+        return [_completed(o, t, constant) for o, t in zip(output, tangents, strict=True)]
+    if not isinstance(output, Tensor) or any(output is c for c in constant):
+        return None
+    return torch.zeros_like(output) if tangent is None else tangent
 
 
 def _laid_flat(schema: Schema, found: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
@@ -154,6 +226,10 @@ def _laid_flat(schema: Schema, found: Sequence[Any], lengths: Sequence[int | Non
             grads.append(grad)
         elif grad is None:
             grads += [None] * length
+        elif not isinstance(grad, (list, tuple)):
+            raise _gradient_error(
+                schema, param.name, _kind(grad), f"a list of {length}, one per tensor, or None"
+            )
         elif len(grad) != length:
             raise GradientError(
                 f"differentiating {schema.name}: the formula returned {len(grad)} gradients for the list "
@@ -165,49 +241,59 @@ def _laid_flat(schema: Schema, found: Sequence[Any], lengths: Sequence[int | Non
     return grads
 
 
-def version_kernel(schema: Schema, overload: Any) -> Callable[..., Any]:
-    """Return the ADInplaceOrView kernel of a mutating op: autograd must see that its inputs changed."""
-    mutated = [i for i, p in enumerate(schema.params) if p.mutated]
+def _check_gradient(schema: Schema, index: int, lengths: Sequence[int | None], grad: Any, meta: Any) -> None:
+    """Raise for a gradient that cannot be that of its argument; torch would name it by a number.
 
-    def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        values = schema.fill(args, {k: v for k, v in kwargs.items() if k != EXTRA})
-        for index in mutated:
-            torch.autograd.graph.increment_version(values[index])
-        return overload.redispatch(keyset & _torch.after_inplace_or_view, *args, **kwargs)
+    What torch takes is taken: another floating dtype, and more dimensions than the argument has, which are summed up.
 
-    return kernel
-
-
-def _refuse_tangents(schema: Schema, values: Sequence[Any]) -> None:
-    for value in values:
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(one, Tensor) and _torch.has_tangent(one):
-                raise GradientError(
-                    f"differentiating {schema.name} in forward mode: an argument has a tangent, and the op has no "
-                    "forward-mode formula; torch would go on with zeros. Use reverse mode, or write the "
-                    "computation with torch operations.",
-                    op=schema.name,
-                )
-
-
-def _refuse_lost_gradients(schema: Schema, values: Sequence[Any], formula: Formula) -> None:
-    """Raise where a mutation would make gradients silently wrong."""
-    mutated = [p.name for p in schema.params if p.mutated]
-    if not mutated:
+    Args:
+        schema: of the op.
+        index: of the argument, laid flat.
+        lengths: of the lists among the arguments.
+        grad: what the formula returned for it.
+        meta: its shape, dtype and device; None for what is not a tensor.
+    """
+    if isinstance(grad, Tensor) and (type(grad) is not Tensor or meta is None):
+        return  # of a subclass, also while tracing: that has rules of its own; or of an absent optional
+    if not isinstance(grad, Tensor):
+        raise _gradient_error(schema, _name(schema, index, lengths), _kind(grad), "a Tensor or None")
+    shape, dtype, device = meta
+    if grad.shape != shape and not _sums_to(grad.shape, shape):
+        found, expected = f"one of shape {tuple(grad.shape)}", f"{tuple(shape)}, that of the argument"
+    elif grad.is_complex() and not dtype.is_complex:
+        found, expected = f"one of dtype {grad.dtype}", f"a real one, as the argument is {dtype}"
+    elif grad.device != device and grad.dim():
+        found, expected = f"one on {grad.device}", f"{device}, where the argument is"
+    else:
         return
-    for param, value in zip(schema.params, values, strict=True):
-        if not _torch.any_requires_grad(value):
-            continue
-        if param.mutated or isinstance(formula, NoFormula) or not schema.results:
-            lost = "is overwritten" if param.mutated else f"flows into {', '.join(mutated)}"
-            formula_helps = not param.mutated and schema.results
-            raise GradientError(
-                f"calling {schema.name} with gradients: argument {param.name} requires grad and {lost}; the op "
-                f"mutates {', '.join(mutated)}, so autograd would silently give wrong gradients. Call it under "
-                "torch.no_grad(), or write the op without mutation"
-                + (", or register a formula with register_autograd." if formula_helps else "."),
-                op=schema.name,
-            )
+    raise _gradient_error(schema, _name(schema, index, lengths), found, expected)
+
+
+def _sums_to(found: Sequence[int], wanted: Sequence[int]) -> bool:
+    pairs = zip(reversed(found), reversed(wanted), strict=False)
+    return len(found) >= len(wanted) and all(w in (1, f) for f, w in pairs)
+
+
+def _name(schema: Schema, index: int, lengths: Sequence[int | None]) -> str:
+    """Return the name of the flat argument `index`: `x`, or `xs[1]`."""
+    names = []
+    for param, length in zip(schema.params, lengths, strict=True):
+        names += [param.name] if length is None else [f"{param.name}[{i}]" for i in range(length)]
+    return names[index]
+
+
+def _kind(value: Any) -> str:
+    return (
+        f"{type(value).__name__} {value!r}" if isinstance(value, (bool, int, float)) else type(value).__name__
+    )
+
+
+def _gradient_error(schema: Schema, name: str, found: str, expected: str) -> GradientError:
+    return GradientError(
+        f"differentiating {schema.name}: the formula returned {found} as the gradient of {name}; expected "
+        f"{expected}. Correct the formula given to register_autograd.",
+        op=schema.name,
+    )
 
 
 def _flatten(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
@@ -216,7 +302,7 @@ def _flatten(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
         if length is None:
             flat.append(value)
         else:
-            flat += value
+            flat += value if value is not None else [None] * length
     return flat
 
 

@@ -147,12 +147,13 @@ def _native(source: str) -> Callable[[], Any]:
     return ready
 
 
-def _light_again() -> Callable[[], Any]:
-    """A kernel on a machine that has compiled another one."""
-    other = declare("bench::other")
-    other.register_kernel("cpu", opkit.cpp.kernel(LIGHT.replace("void fused", "void other")))
-    other.build()
-    return _native(LIGHT)
+def _again(source: str, others: int) -> Callable[[], Any]:
+    """A kernel on a machine that has compiled others."""
+    for i in range(others):
+        other = declare(f"bench::other{i}")
+        other.register_kernel("cpu", opkit.cpp.kernel(source.replace(" fused(", f" other{i}(")))
+        other.build()
+    return _native(source)
 
 
 def _aten() -> Callable[[], Any]:
@@ -207,8 +208,10 @@ def _headers() -> Callable[[], Any]:
 
 FORMS: dict[str, Callable[[], Callable[[], Any]]] = {
     "light": lambda: _native(LIGHT),
-    "light again": _light_again,
+    "light again": lambda: _again(LIGHT, 1),
     "stable": lambda: _native(STABLE),
+    "stable second": lambda: _again(STABLE, 1),  # precompiles torch's headers
+    "stable again": lambda: _again(STABLE, 2),
     "aten": _aten,
     "torch": _torch,
     "tvm": _tvm,

@@ -66,7 +66,9 @@ def cold_builds(folder: Path) -> None:
     for name, form in (
         ("opkit light, first on a machine", "light"),
         ("opkit light", "light again"),
-        ("opkit stable", "stable"),
+        ("opkit stable, first on a machine", "stable"),
+        ("opkit stable, second on a machine", "stable second"),
+        ("opkit stable", "stable again"),
     ):
         seconds[name] = statistics.median(fresh(form, folder / f"{form}{n}")["cpu"] for n in range(COLD))
     fresh("headers", folder / "aten")  # torch's headers, precompiled once a machine

@@ -295,9 +295,7 @@ def test_a_hit_starts_no_process_writes_no_file_and_imports_nothing_heavy(cache_
     header.write_text("1")
     os.utime(header, (1000, 1000))
     library = obtain(Builder(depends=[header]))
-    live = os.listdir(cache_dir / "live")
-    process = python(
-        """
+    hit = """
         import sys
         from opkit.cpp import cache
         before = set(sys.modules)
@@ -310,13 +308,12 @@ def test_a_hit_starts_no_process_writes_no_file_and_imports_nothing_heavy(cache_
         print(cache.obtain(lambda: "k", label="f", build=None))
         print(sorted({"fsspec", "filelock", "concurrent", "opkit.cpp.remote", "opkit.cpp._turn", "opkit.cpp.tidy"}
               & (set(sys.modules) - before)))
-        """,
-        cache_dir,
-        stdout=subprocess.PIPE,
-    )
-    assert process.communicate()[0].split("\n")[:2] == [str(library), "[]"]
-    assert process.returncode == 0
-    assert os.listdir(cache_dir / "live") == live  # a process that ends leaves nothing behind
+        """
+    for _ in range(3):
+        process = python(hit, cache_dir, stdout=subprocess.PIPE)
+        assert process.communicate()[0].split("\n")[:2] == [str(library), "[]"]
+        assert process.returncode == 0
+        assert len(os.listdir(cache_dir / "live")) == 2  # the others take one in turn
 
 
 def test_a_hit_says_when_it_was_used_last(cache_dir):

@@ -291,7 +291,7 @@ def test_anything_else_in_the_folder_of_builds_is_collected(cache_dir):
 # ---------------------------------------------------------------- who lives
 
 
-def test_who_leaves_takes_its_file_along_unless_a_child_holds_it(tmp_path, cache_dir):
+def test_who_leaves_empties_its_file_for_the_next_one_unless_a_child_holds_it(tmp_path, cache_dir):
     elsewhere("a")
     child = tmp_path / "child"
 
@@ -303,10 +303,57 @@ def test_who_leaves_takes_its_file_along_unless_a_child_holds_it(tmp_path, cache
 
     tidy.held(str(cache_dir))
     assert exit_code(forked(lambda: leave(False))) == 0
-    assert os.listdir(cache_dir / "live") == []
+    (left,) = (cache_dir / "live").iterdir()
+    assert left.read_text() == ""
     assert exit_code(forked(lambda: leave(True))) == 0
-    assert len(os.listdir(cache_dir / "live")) == 1
+    assert list((cache_dir / "live").iterdir()) == [left]
+    assert left.read_text().startswith("f-a/")
+    assert exit_code(forked(lambda: leave(False))) == 0
+    assert left.read_text().startswith("f-a/")
     os.kill(int(child.read_text()), signal.SIGKILL)
+
+
+def test_a_file_that_is_taken_is_not_removed_as_one_of_the_dead(cache_dir):
+    elsewhere("a")
+
+    def leave():
+        assert cache.find("f-a")
+        _live._leave()
+
+    tidy.held(str(cache_dir))
+    assert exit_code(forked(leave)) == 0
+    (left,) = (cache_dir / "live").iterdir()
+    assert cache.find("f-a")
+    assert _live.scan(str(cache_dir)) == ({left.name}, {entry.id for entry in tidy.entries(str(cache_dir))})
+    assert list((cache_dir / "live").iterdir()) == [left]
+
+
+def test_two_do_not_take_the_same_file(cache_dir):
+    def leave(depth):
+        assert _live.hold(str(cache_dir), f"entry{depth}")
+        if depth:
+            assert exit_code(forked(lambda: leave(depth - 1))) == 0
+        _live._leave()
+
+    elsewhere("a")
+    tidy.held(str(cache_dir))
+    for _ in range(2):
+        assert exit_code(forked(lambda: leave(3))) == 0
+        assert len(os.listdir(cache_dir / "live")) == 4
+
+
+def test_the_file_of_a_killed_builder_goes_to_nobody_while_its_folder_is_there(tmp_path, cache_dir):
+    def build(work):
+        (tmp_path / "started").write_text(work.folder.name)
+        time.sleep(600)
+
+    pid = forked(lambda: obtain(build))
+    assert until((tmp_path / "started").exists)
+    kill(pid)
+    (left,) = [file for file in (cache_dir / "live").iterdir() if file.read_text()]
+    assert tidy.owner_of((tmp_path / "started").read_text()) == left.name
+    assert _live.hold(str(cache_dir), "entry")
+    assert len(os.listdir(cache_dir / "live")) == 2
 
 
 def test_the_files_of_the_dead_are_forgotten(tmp_path, cache_dir):

@@ -85,8 +85,8 @@ def test_get_cxx_with_quotes_that_do_not_close(bare, monkeypatch):
 )
 def test_path_is_searched_once_until_the_environment_changes(bare, monkeypatch, find, name, variable):
     searches = []
-    which = compilers.shutil.which
-    monkeypatch.setattr(compilers.shutil, "which", lambda word: searches.append(word) or which(word))
+    which = compilers._which
+    monkeypatch.setattr(compilers, "_which", lambda word: searches.append(word) or which(word))
     find = getattr(compilers, find)
     script(bare / name, "echo one")
     assert find().path == bare / name

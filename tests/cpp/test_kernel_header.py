@@ -365,5 +365,7 @@ def test_glue_is_the_same_linked_or_compiled(flags):
     one = torch.full((3,), 2.0, dtype=torch.float64)
     assert op([one, None, one], one, "abc", [10, 20], 0.25).item() == 0.25 + 3 + 12 + 2 + 30
     assert op([], None, "", None, None).item() == 0.5
-    with pytest.raises(RuntimeError, match=r"t::every: argument xs is float32, the kernel reads it as float64"):
+    with pytest.raises(
+        RuntimeError, match=r"t::every: argument xs is float32, the kernel reads it as float64"
+    ):
         op([one.float()], None, "", None, None)

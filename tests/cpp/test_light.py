@@ -132,17 +132,6 @@ def test_list_of_str_is_refused():
         f(T(1), ["a"])
 
 
-def test_list_result_is_refused():
-    @opkit.op("t::f")
-    def f(x: Tensor) -> list[Tensor]: ...
-
-    f.register_kernel("cpu", kernel("void f();"))
-    with pytest.raises(
-        opkit.BuildError, match="returns a list of tensors, which a light kernel cannot allocate"
-    ):
-        f(T(1))
-
-
 # ---------------------------------------------------------------- errors
 
 CHECKED = r"""
@@ -584,6 +573,54 @@ def test_glue_agrees_with_the_plan(expressions, values):
     assert all(t.is_contiguous() for t in found)
 
 
+def test_dtype_that_a_light_kernel_does_not_know_is_refused():
+    @opkit.op("t::f", shapes="n -> n:complex32")
+    def f(x: Tensor) -> Tensor: ...
+
+    f.register_kernel("cpu", kernel("void f(Tensor, Tensor) {}"))
+    with pytest.raises(
+        opkit.BuildError,
+        match="building t::f: the shape line 'n -> n:complex32' has the dtype complex32, which a light kernel does not "
+        "know; expected one of uint8, .* Register a Python kernel",
+    ):
+        f(T(2))
+
+
+def test_dtype_argument_that_may_be_none_leaves_the_dtype_to_the_first_tensor():
+    @opkit.op("t::f", shapes="n, n:dtype -> n:dtype")
+    def f(x: Tensor, y: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor: ...
+
+    f.register_kernel("cpu", kernel("void f(Tensor x, Tensor y, Optional<DType> d, Tensor z) {}"))
+    assert f(T(2), T(2).int()).dtype == torch.float32
+    assert f(T(2), T(2).int(), torch.int32).dtype == torch.int32
+    with pytest.raises(
+        opkit.DtypeError, match="argument y has dtype torch.int32, expected torch.int8, the value of"
+    ):
+        f(T(2), T(2).int(), torch.int8)
+
+
+def test_int_argument_that_may_be_none_is_a_size_where_it_is_given():
+    @opkit.op("t::f", shapes="n ... -> n k")
+    def f(x: Tensor, k: Optional[int]) -> Tensor: ...
+
+    @opkit.op("t::g", shapes="n k -> k")
+    def g(x: Tensor, k: Optional[int]) -> Tensor: ...
+
+    for op in (f, g):
+        name = op.name[3:]
+        op.register_kernel("cpu", kernel(f"void {name}(Tensor x, Optional<int64_t> k, Tensor y) {{}}"))
+    assert f(T(2), 3).shape == (2, 3)
+    assert (g(T(2, 3), None).shape, g(T(2, 3), 3).shape) == ((3,), (3,))
+    with pytest.raises(
+        opkit.ShapeError, match="the size k of output out is bound only by arguments that are None"
+    ):
+        f(T(2), None)
+    with pytest.raises(
+        opkit.ShapeError, match=r"dimension 1 of x \(k\) is 3, but the argument k bound k to 4"
+    ):
+        g(T(2, 3), 4)
+
+
 # ---------------------------------------------------------------- the binary contract with torch
 
 
@@ -741,12 +778,11 @@ def test_library_that_does_not_load_says_what_to_remove(tmp_path):
 
 
 def test_cuda_library_for_a_torch_without_cuda_says_so(monkeypatch, tmp_path):
-    def fail(path):
+    def fail(path, mode):
         raise OSError("libtorch_cuda.so: cannot open shared object file: No such file or directory")
 
     schema = schema_of_a_scale()
-    _native._shim()
-    monkeypatch.setattr(_native.ctypes, "CDLL", fail)
+    monkeypatch.setattr(_native._ctypes, "dlopen", fail)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(opkit.BuildError) as caught:
         _native.register(tmp_path / "scale.so", schema, "cpu", with_outputs=False)
@@ -778,10 +814,27 @@ def test_device_that_the_shim_refuses_is_named(monkeypatch):
         _native.register(library, schema, "xpu", with_outputs=False)
 
 
+def test_schema_that_torch_does_not_parse_is_named(monkeypatch):
+    schema = schema_of_a_scale()
+    library = kernel("void scale(Tensor x, Tensor y) {}").build(
+        schema, opkit.get("t::scale")._runner.native_plan, "cpp"
+    )
+    monkeypatch.setattr(_native, "_lowered", lambda schema, with_outputs: "(Tensor")
+    with pytest.raises(
+        opkit.BuildError, match=r"torch refused the schema \(Tensor\. Expected one that it parses"
+    ):
+        _native.register(library, schema, "cpu", with_outputs=False)
+
+
 def test_torch_with_other_dtype_numbers_is_refused(monkeypatch):
-    monkeypatch.setattr(_native, "DTYPES", {"float32": 99})
-    with pytest.raises(opkit.BuildError, match="has another number for float32 than opkit/kernel.h"):
-        _native._shim.__wrapped__()
+    assert _native._find_other_number(_native._SHIM) is None
+    monkeypatch.setattr(_native, "DTYPES", {"float16": 5, "float32": 99})
+    assert _native._find_other_number(_native._SHIM) == "float32"
+    monkeypatch.setattr(_native, "_other", "float32")
+    with pytest.raises(
+        opkit.BuildError, match="another number for float32 than opkit/kernel.h. Expected torch 2"
+    ):
+        _native.register(Path("scale.so"), schema_of_a_scale(), "cpu", with_outputs=False)
 
 
 def test_the_source_key_is_that_of_the_source_not_of_the_glue(registry, monkeypatch):

@@ -203,7 +203,9 @@ def test_size_without_a_bound_is_refused_when_it_is_built():
 
 def test_negative_bound_is_an_error():
     op = fill("n k -> ?m<=n-k", (0, 0))
-    with pytest.raises(RuntimeError, match="t::fill: output out would have the size -1"):
+    with pytest.raises(
+        opkit.ShapeError, match=r"calling t::fill: the size n-k of output out would be -1 \(n = 3 by"
+    ):
         op(torch.empty(3, 4), 0, 0)
     assert op(torch.empty(4, 4), 0, 0).shape == (0,)
 

@@ -205,7 +205,7 @@ def test_a_cuda_library_loads_and_registers_without_a_device(registry, tmp_path,
         from opkit.cpp import _native
         from opkit_kernels import vector_add
         loaded = _native.register(pathlib.Path({str(library)!r}), vector_add.schema, "cuda", with_outputs=False)
-        print(torch._C._dispatch_has_kernel_for_dispatch_key(loaded.call.name(), "CUDA"))
+        print(torch._C._dispatch_has_kernel_for_dispatch_key(loaded.name, "CUDA"))
     """
     path = os.pathsep.join(sys.path)
     done = subprocess.run(

@@ -116,7 +116,8 @@ def test_nothing_is_prepared_where_another_file_comes_first(tmp_path):
 
 def test_a_folder_with_a_header_of_the_same_name_acts(tmp_path):
     _pch.prepare(headers=[HEADER])
-    (tmp_path / "own" / "torch").mkdir(parents=True)
+    (tmp_path / "own" / HEADER).parent.mkdir(parents=True)
+    (tmp_path / "own" / HEADER).write_text(f"#include_next <{HEADER}>\n")
     (tmp_path / "other" / "mine").mkdir(parents=True)
     assert is_used(extra_include_paths=[tmp_path / "other"])
     assert not is_used(extra_include_paths=[tmp_path / "own"])

@@ -60,7 +60,7 @@ def test_list_output_is_held_to_the_meta_function():
     opkit._registry.remove("t::f")
     op = op_with(lambda x: [x + 1], lambda x: [torch.empty_like(x)] * 2, returns=list[Tensor])
     with pytest.raises(
-        opkit.OutputError, match=r"returned 1 tensors as out; expected 2 by its meta function"
+        opkit.OutputError, match=r"returned 1 tensors as out; expected 2 by the meta function"
     ):
         op(T)
 
@@ -195,3 +195,140 @@ def test_declared_dtype_holds_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert op(T, T.t()).dtype == torch.float32
         assert (T @ T.t()).dtype == torch.bfloat16
+
+
+def test_output_that_is_too_large_is_refused_by_name():
+    @opkit.op("t::f", shapes="n -> n k k")
+    def f(x: Tensor, k: int) -> Tensor: ...
+
+    with pytest.raises(
+        opkit.ShapeError,
+        match=r"calling t::f: output out would have the shape \(2, 4294967296, 4294967296\) of torch.float32; expected "
+        "one whose bytes 64 bits can count. Pass smaller sizes",
+    ):
+        f(torch.ones(2, device="meta"), 2**32)
+
+
+@pytest.mark.parametrize("call", ["eager", "meta", "compile"])
+def test_negative_size_is_refused_by_name_wherever_it_is_met(call):
+    @opkit.op("t::f", shapes="n -> n-2")
+    def f(x: Tensor) -> Tensor:
+        return x[2:].clone()
+
+    x = torch.ones(1, device="meta" if call == "meta" else "cpu")
+    function = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True) if call == "compile" else f
+    assert function(x.new_ones(4)).shape == (2,)
+    assert function(x.new_ones(2)).shape == (0,)
+    with pytest.raises(
+        Exception, match=r"the size n-2 of output out would be -1 \(n = 1 by dimension 0 of x\)"
+    ):
+        function(x)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "both"),
+    [
+        ("n, n -> n", True),
+        ("n, n+1 -> n", True),
+        ("*b, *b -> *b", True),
+        ("2, _ -> 2", False),
+        ("n, n -> n", False),
+    ],
+)
+def test_size_that_only_a_call_knows_is_compared_in_the_call(shapes, both):
+    @opkit.op("t::above", shapes="n -> ?m<=n")
+    def above(x: Tensor) -> Tensor:
+        return x[x > 0]
+
+    @opkit.op("t::first", shapes=shapes)
+    def first(x: Tensor, y: Tensor) -> Tensor:
+        return x * 2
+
+    def chain(x, y):
+        return first(above(x), above(y) if both else y)
+
+    compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
+    x = torch.tensor([1.0, -1, 2])
+    y = torch.ones(3 if "+1" in shapes else 2)
+    assert compiled(x, y).tolist() == [2, 4]
+    with pytest.raises(Exception, match=r"t::first|u0|Runtime assertion"):
+        compiled(torch.tensor([1.0, 2, 3]), y)
+
+
+# ---------------------------------------------------------------- lists
+
+
+def foreach(shapes="[*s], [*s] -> [*s]"):
+    @opkit.op("t::add", shapes=shapes)
+    def add(xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+        return [x + y for x, y in zip(xs, ys, strict=True)]
+
+    return add
+
+
+XS = [T, T.t(), torch.ones(()), torch.ones(0, 2)]
+
+
+def test_list_is_described_by_the_shape_line():
+    add = foreach()
+    assert [y.stride() for y in add(XS, XS)] == [(3, 1), (2, 1), (), (2, 1)]
+    assert [tuple(y.shape) for y in add([x.to("meta") for x in XS], [x.to("meta") for x in XS])] == [
+        (2, 3), (3, 2), (), (0, 2)
+    ]  # fmt: skip
+    torch.library.opcheck(add.overload, (XS, XS))
+    for backend in ("aot_eager", "inductor"):
+        compiled = torch.compile(lambda xs: [y * 2 for y in add(xs, xs)], fullgraph=True, backend=backend)
+        for found, x in zip(compiled(XS), XS, strict=True):
+            torch.testing.assert_close(found, x * 4)
+    with pytest.raises(opkit.ShapeError, match=r"ys has 1 tensors, xs has 2; \*s stands in both"):
+        add(XS[:2], XS[:1])
+
+
+def test_output_list_is_held_to_the_shape_line():
+    add = foreach()
+    add.register_kernel("cpu", lambda xs, ys: [x + y for x, y in zip(xs, ys)][:1], backend="short")
+    with pytest.raises(
+        opkit.OutputError, match="short kernel returned 1 tensors as out; expected 2 by the shape line"
+    ):
+        add(XS[:2], XS[:2])
+    add.register_kernel(
+        "cpu", lambda xs, ys: [(x + y).double() for x, y in zip(xs, ys)], backend="double", priority=1
+    )
+    with pytest.raises(
+        opkit.OutputError,
+        match="returned out with the dtype torch.float64; expected torch.float32 by the shape line",
+    ):
+        add(XS, XS)
+
+
+def test_list_of_unknown_length_needs_a_meta_function():
+    @opkit.op("t::rows", shapes="n m -> [m]")
+    def rows(x: Tensor) -> list[Tensor]:
+        return [row.clone() for row in x]
+
+    assert len(rows(T)) == 2
+    with pytest.raises(
+        opkit.RegistrationError,
+        match=r"tracing t::rows: its shape line 'n m -> \[m\]' does not describe all results: nothing says how long "
+        "the list out is; expected a meta function that does. Register one with register_fake",
+    ):
+        rows(T.to("meta"))
+    rows.register_fake(lambda x: [torch.empty_like(row) for row in x])
+    compiled = torch.compile(lambda x: rows(x)[1] + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(T), T[1] + 1)
+    with pytest.raises(opkit.ShapeError, match="argument x has 1 dimensions, its entry 'n m' has 2"):
+        rows(T[0])
+
+
+def test_results_beside_a_number_are_held_to_the_shape_line():
+    @opkit.op("t::count", shapes="n m -> m")
+    def count(x: Tensor) -> tuple[Tensor, int]:
+        return x.sum(0), int((x > 2).sum())
+
+    total, above = count(T)
+    assert (total.tolist(), above) == ([3, 5, 7], 3)
+    with pytest.raises(opkit.RegistrationError, match="its result out1 is no tensor"):
+        count(T.to("meta"))
+    count.register_kernel("cpu", lambda x: (x.sum(1), 3), backend="wrong")
+    with pytest.raises(opkit.OutputError, match=r"returned out0 with the shape \(2,\); expected \(3,\)"):
+        count(T)

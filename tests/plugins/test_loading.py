@@ -131,6 +131,21 @@ def test_first_use_from_eight_threads_loads_once_and_none_goes_on_without(fresh)
     assert sys.modules["slow"].calls == [1]
 
 
+def test_kernel_of_a_plugin_states_properties_and_what_it_overwrites(fresh):
+    fresh.install(
+        "opkit-fast",
+        """
+        def register(registry):
+            options = {"backend": "fast", "properties": ["deterministic"], "inplace": (n for n in ["x"])}
+            registry.register_kernel("site::mine", "cpu", **options)(lambda x: x.add_(1))
+        """,
+    )
+    mine, x = define_mine(), torch.ones(2)
+    with opkit.require("deterministic"):
+        assert mine.explain(x).selected == "fast"
+    assert mine.maybe_inplace(x) is x
+
+
 def test_a_plugin_may_look_up_ops_and_load_plugins_itself(fresh):
     fresh.install(
         "curious",
@@ -343,6 +358,23 @@ def test_registry_op_has_the_options_of_opkit_op():
     assert {n: (p.kind, p.default) for n, p in ours.items()} == {
         n: (p.kind, p.default) for n, p in theirs.items()
     }
+
+
+def test_plugin_declares_an_op_without_a_reference(fresh):
+    fresh.install(
+        "declares",
+        """
+        def register(registry):
+            op = registry.declare("site::declared(Tensor x) -> Tensor", shapes="n -> n")
+            registry.register_kernel("site::declared", "cpu", lambda x: x + 1, backend="mine")
+        """,
+    )
+    op = opkit.get("site::declared")
+    assert op(torch.zeros(2)).tolist() == [1, 1]
+    registry = opkit.plugins.Registry("here 1.0")
+    registry.close()
+    with pytest.raises(RegistrationError, match="the plugin's function has returned"):
+        registry.declare("site::other(Tensor x) -> Tensor")
 
 
 def test_an_unknown_backend_is_refused_with_those_of_plugins_in_the_list(fresh):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import opkit
-from opkit.spec import mismatch, plan, schema, shapes
+from opkit.spec import mismatch, plan, shapes, signature
 
 T = torch.ones
 
@@ -22,7 +22,7 @@ def plan_of(line, *, results=1, optional=(), **others):
     hints = {name: Tensor | None if name in optional else Tensor for name in tensors} | others
     returns = tuple[(Tensor,) * results] if results else None
     scope["f"].__annotations__ = {**hints, "return": returns}
-    return plan.bind(parsed, schema.from_function("t::f", scope["f"]), line)
+    return plan.bind(parsed, signature.from_function("t::f", scope["f"]), line)
 
 
 def infer(line, *values, **kwargs):
@@ -77,18 +77,7 @@ def test_too_few_entries_for_the_inputs_name_the_arguments():
     with pytest.raises(
         opkit.ShapeError, match=r"1 entry for inputs at column 1; expected 2 \(x, y\), one per Tensor"
     ):
-        plan.bind(shapes.parse("n -> n", op="t::f"), schema.from_function("t::f", f), "n -> n")
-
-
-@pytest.mark.parametrize("where", ["argument", "result"])
-def test_list_of_tensors_needs_register_fake(where):
-    def f(x, y): ...
-
-    many = list[Tensor]
-    f.__annotations__ = {"x": Tensor, "y": many if where == "argument" else Tensor}
-    f.__annotations__["return"] = many if where == "result" else Tensor
-    with pytest.raises(opkit.ShapeError, match="is a list of tensors; .* register_fake"):
-        plan.bind(shapes.parse("n, n -> n", op="t::f"), schema.from_function("t::f", f), "n, n -> n")
+        plan.bind(shapes.parse("n -> n", op="t::f"), signature.from_function("t::f", f), "n -> n")
 
 
 # ---------------------------------------------------------------- what is inferred
@@ -135,6 +124,23 @@ def test_int_argument_and_dimension_of_one_name_must_agree():
         infer("n -> n", T(3), 4, n=int)
 
 
+def test_int_argument_that_may_be_none_is_a_size_where_it_is_given():
+    k = int | None
+    assert infer("n k -> k n", T(6, 2), None, k=k)[0] == [((2, 6), "float32")]
+    assert infer("n k -> k n", T(6, 2), 2, k=k)[0] == [((2, 6), "float32")]
+    assert infer("n -> n k", T(6), 3, k=k)[0] == [((6, 3), "float32")]
+    with pytest.raises(
+        opkit.ShapeError, match=r"dimension 1 of a \(k\) is 2, but the argument k bound k to 3"
+    ):
+        infer("n k -> k n", T(6, 2), 3, k=k)
+    with pytest.raises(
+        opkit.ShapeError, match="the size k of output out0 is bound only by arguments that are None"
+    ):
+        infer("n -> n k", T(6), None, k=k)
+    with pytest.raises(opkit.ShapeError, match="the size k of output out0 would be -3"):
+        infer("n -> n k", T(6), -3, k=k)
+
+
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
@@ -149,11 +155,26 @@ def test_output_dtype_is_that_of_the_first_tensor_or_of_the_suffix(line, wanted)
     assert infer(line, x, y, torch.complex64, dtype=torch.dtype)[0] == [((2,), wanted)]
 
 
+def test_dtype_argument_that_may_be_none_leaves_the_dtype_to_the_first_tensor():
+    x, y = T(2, dtype=torch.bfloat16), T(2, dtype=torch.int8)
+    d = torch.dtype | None
+    assert infer("n, n -> n:d", x, y, torch.complex64, d=d)[0] == [((2,), "complex64")]
+    assert infer("n, n -> n:d", x, y, None, d=d)[0] == [((2,), "bfloat16")]
+    assert infer("n, n:d -> n", x, y, None, d=d)[0] == [((2,), "bfloat16")]
+    assert infer("n, n:d -> n", x, y, torch.int8, d=d)[0] == [((2,), "bfloat16")]
+    with pytest.raises(
+        opkit.DtypeError, match="argument b has dtype torch.int8, expected torch.int32, the value of d"
+    ):
+        infer("n, n:d -> n", x, y, torch.int32, d=d)
+    with pytest.raises(opkit.ShapeError, match="no Tensor argument whose dtype its outputs could take"):
+        plan_of("-> k:d", k=int, device=torch.device, d=d)
+
+
 def test_argument_names_win_over_dtype_names():
     def f(float32: Tensor, y: Tensor) -> Tensor: ...
 
     line = "n, n -> n:float32"
-    bound = plan.bind(shapes.parse(line, op="t::f"), schema.from_function("t::f", f), line)
+    bound = plan.bind(shapes.parse(line, op="t::f"), signature.from_function("t::f", f), line)
     assert bound.infer(T(2, dtype=torch.int8), T(2))[0][0].dtype == torch.int8
 
 
@@ -187,6 +208,38 @@ def test_bound_that_divides_by_zero_names_it():
         infer("n -> ?m<=n//k", T(3), 0, k=int)
 
 
+@pytest.mark.parametrize(
+    ("line", "values", "text"),
+    [
+        (
+            "n -> n-4",
+            [T(3)],
+            r"the size n-4 of output out0 would be -1 \(n = 3 by dimension 0 of a\)\. Expected",
+        ),
+        ("n -> ?m<=n-4", [T(3)], r"the size n-4 of output out0 would be -1"),
+        (
+            "n -> n k",
+            [T(3), -2],
+            r"the size k of output out0 would be -2\. Expected 'n -> n k', got a \(3\)\. Pass",
+        ),
+        (
+            "n -> n*k",
+            [T(3), 2**62],
+            r"the size n\*k of output out0 would be 13835058055282163712, beyond 64 bits \(n = 3",
+        ),
+        (
+            "n -> n%k",
+            [T(3), 0],
+            r"the size n%k divides by zero \(n = 3 by dimension 0 of a, k = 0 by the argument k\)",
+        ),
+        ("n -> n%k", [T(3), -2], r"the size n%k of output out0 would be -1"),
+    ],
+)
+def test_size_that_no_tensor_has_is_refused_with_its_names(line, values, text):
+    with pytest.raises(opkit.ShapeError, match="calling t::f: " + text):
+        plan_of(line, **({"k": int} if len(values) == 2 else {})).infer(*values)
+
+
 # ---------------------------------------------------------------- the fast check and its slow explanation agree
 
 LINES = [
@@ -206,6 +259,29 @@ def outcome(check, *values):
     except (opkit.ShapeError, opkit.DtypeError) as error:
         return type(error), str(error)
     return None
+
+
+@given(
+    line=st.sampled_from(["{}+k", "(n-k)*{}", "n//({}+1)", "n%({}-k)", "({}+n)//k"]).flatmap(
+        lambda form: st.sampled_from(["n", "m", "3", "n*m", "(m-2*n)", "m//2"]).map(form.format)
+    ),
+    n=st.integers(0, 5),
+    m=st.integers(0, 5),
+    k=st.integers(-3, 5),
+)
+def test_expressions_are_those_of_python(line, n, m, k):
+    try:
+        wanted = eval(line, {}, {"n": n, "m": m, "k": k})
+    except ZeroDivisionError:
+        wanted = "divides by zero"
+    if not isinstance(wanted, int) or wanted < 0:
+        with pytest.raises(opkit.ShapeError, match="divides by zero|would be -"):
+            infer(f"n, m -> {line}", T(n), T(m), k, k=int)
+    else:
+        assert infer(f"n, m -> {line}", T(n), T(m), k, k=int)[0][0][0] == (wanted,)
+        infer(f"n, m, {line} -> n", T(n), T(m), T(wanted), k, k=int)
+        with pytest.raises(opkit.ShapeError, match=f"dimension 0 of c is {wanted + 1}, expected {wanted}"):
+            infer(f"n, m, {line} -> n", T(n), T(m), T(wanted + 1), k, k=int)
 
 
 @pytest.mark.parametrize("optional", ["", "a", "bc", "abc"])

@@ -27,6 +27,15 @@ def test_entries_keep_names_numbers_stars_and_suffixes():
     assert line.outputs[1].dims == ()
 
 
+def test_list_keeps_the_shape_of_its_elements():
+    one, many, rank0 = parse("[n], [*s 2*n]:x -> [()]").inputs + parse("-> [()]").outputs
+    assert (one.is_list, one.star, str(one)) == (True, None, "[n]")
+    assert (many.star, many.suffix, str(many), many.column) == (0, "x", "[*s 2*n]:x", 5)
+    assert [d.column for d in many.dims] == [6, 9]
+    assert (rank0.dims, rank0.is_list) == ((), True)
+    assert not parse("n -> n").inputs[0].is_list
+
+
 def test_data_dependent_size_keeps_its_name_and_bound():
     free, bounded = parse("n -> ?m ?k<=n//2").outputs[0].dims
     assert [(d.text, d.is_open, d.is_name, d.is_any, d.star) for d in (free, bounded)] == [
@@ -45,7 +54,8 @@ def test_data_dependent_size_keeps_its_name_and_bound():
         ("007 -> 0", "7 -> 0"), ("() -> ()", "() -> ()"), ("n : x -> n", "n:x -> n"), ("... n -> n", "... n -> n"),
         ("if -> if", "if -> if"), ("n -> (n+1)//2%3", "n -> (n+1)//2%3"),
         ("9223372036854775807 ->", "9223372036854775807 ->"),
-        ("n -> ?m ?k<=007:x", "n -> ?m ?k<=7:x"), ("n->2 ?m<=2*n", "n -> 2 ?m<=2*n"),
+        (" [ *s  n ] : x->[()],[...]", "[*s n]:x -> [()], [...]"),
+    ("n -> ?m ?k<=007:x", "n -> ?m ?k<=7:x"), ("n->2 ?m<=2*n", "n -> 2 ?m<=2*n"),
     ],
 )  # fmt: skip
 def test_line_prints_in_its_plain_spelling(text, plain):
@@ -78,7 +88,23 @@ WRONG = [
     ("ñ -> 3", "'ñ'", 0),
     ("٣ -> 3", "'٣'", 0),
     ("² -> 3", "'²'", 0),
-    ("n -> [n]", r"'\[n\]' at column 6; expected a dimension; lists need register_fake", 5),
+    (
+        "n -> [n",
+        r"'\[' without '\]' at column 6; expected '\]' after the dimensions of the list's elements",
+        5,
+    ),
+    ("n -> [n] m", r"'m' after '\]' at column 10; expected a suffix or the end of the entry", 9),
+    ("n -> [n]]", r"'\]' after '\]' at column 9", 8),
+    (
+        "n -> a [n]",
+        r"'\[n\]' at column 8; expected a dimension; a list is an entry by itself, as in \[a b\]",
+        7,
+    ),
+    ("n -> [[n]", r"'\[n' at column 7; expected a dimension", 6),
+    ("n -> []", r"an empty list at column 6; expected dimensions, or \[\(\)\] for rank 0", 5),
+    ("n -> n]", r"'n\]' at column 6; expected a name", 5),
+    ("[*a *b] -> n", r"\*b after \*a at column 5; expected at most one", 4),
+    ("[n]:3 -> n", "the suffix '3' at column 5", 4),
     ("n -> ?", r"'\?' at column 6; expected \?name or \?name<=bound for a size that depends on data", 5),
     ("n -> ?_", r"'\?_' at column 6", 5),
     ("n -> ?2", r"'\?2'", 5),
@@ -153,7 +179,8 @@ def entries(draw):
     if draw(st.booleans()):
         dims.insert(draw(st.integers(0, len(dims))), draw(st.one_of(st.just("..."), names.map("*{}".format))))
     suffix = draw(st.one_of(st.just(""), names.map(":{}".format)))
-    return (" ".join(dims) or "()") + suffix
+    brackets = draw(st.sampled_from(["{}", "[{}]", " [ {} ] "]))
+    return brackets.format(" ".join(dims) or "()") + suffix
 
 
 lines = st.tuples(st.lists(entries(), max_size=3), st.lists(entries(), max_size=3)).map(

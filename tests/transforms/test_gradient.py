@@ -1,33 +1,22 @@
 from __future__ import annotations
 
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import opkit
 
 pytestmark = pytest.mark.usefixtures("registry")
 
 
-@pytest.fixture(params=["eager", "compile"])
-def wrap(request):
-    """How a function is called: as it is, or compiled."""
-    if request.param == "eager":
-        return lambda function: function
-    return lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
-
-
-@pytest.fixture(params=[False, True], ids=["no formula", "formula"])
-def square(request):
+@pytest.fixture
+def square():
     @opkit.op("t::square", shapes="*b -> *b")
     def square(x: Tensor) -> Tensor:
         return x * x
 
-    if request.param:
-        square.register_autograd(opkit.from_reference)
     return square
 
 
@@ -62,8 +51,11 @@ def test_compiled_backward_without_a_formula_raises_and_names_the_op():
         torch.compile(lambda x: f(x), fullgraph=True, backend="aot_eager")(leaf()).sum().backward()
 
 
+@pytest.mark.parametrize("formula", [False, True], ids=["no formula", "formula"])
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
-def test_nothing_is_recorded_where_gradients_are_off(square, guard):
+def test_nothing_is_recorded_where_gradients_are_off(square, guard, formula):
+    if formula:
+        square.register_autograd(opkit.from_reference)
     with guard():
         y = square(leaf())
     assert not y.requires_grad
@@ -82,219 +74,109 @@ def test_formula_registered_later_replaces_the_earlier_one():
         assert x.grad.item() == factor
 
 
-# ---------------------------------------------------------------- forward mode
-
-
-@pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad])
-def test_forward_mode_raises_instead_of_giving_zeros(square, guard):
-    x = leaf().detach()
-    with forward_ad.dual_level(), guard():
-        with pytest.raises(
-            opkit.GradientError, match="differentiating t::square in forward mode: an argument has a tangent"
-        ):
-            square(forward_ad.make_dual(x, x))
-        assert square(x).item() == 9
-
-
-@pytest.mark.parametrize(
-    "transform", [torch.func.jacfwd, torch.func.hessian, torch.func.jvp], ids=lambda t: t.__name__
-)
-def test_forward_mode_transforms_raise(square, transform):
-    x = leaf().detach()
-    args = (square, (x,), (x,)) if transform is torch.func.jvp else (lambda x: square(x).sum(),)
-    with pytest.raises((opkit.GradientError, RuntimeError), match="forward mode|with torch.func"):
-        found = transform(*args)
-        found(x)
-
-
-def test_forward_mode_of_keyword_only_tensors_and_lists_raises():
-    @opkit.op("t::f")
-    def f(xs: list[Tensor], k: int = 2, *, y: Tensor) -> Tensor:
-        return xs[0] * k + y
-
-    one = torch.ones(1)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(one, one)
-        with pytest.raises(opkit.GradientError, match="an argument has a tangent"):
-            f([one], y=dual)
-        with pytest.raises(opkit.GradientError, match="an argument has a tangent"):
-            f([one, dual], y=one)
-
-
-# ---------------------------------------------------------------- torch.func: right or loud
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
-        lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(x))[0],
-        lambda f, x: torch.func.jacrev(f)(x).diagonal(),
-        lambda f, x: torch.vmap(torch.func.grad(lambda x: f(x)))(x),
-        lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True).diagonal(),
-    ],
-    ids=["grad", "vjp", "jacrev", "vmap of grad", "vectorised jacobian"],
-)
-def test_reverse_mode_transforms_are_right_or_raise(square, transform):
-    x = torch.tensor([2.0, 3.0])
-    try:
-        found = transform(square, x)
-    except (RuntimeError, opkit.GradientError):
-        return
-    torch.testing.assert_close(found, 2 * x)
-
-
-def test_vmap_is_right(square):
-    x = torch.randn(3, 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.testing.assert_close(torch.vmap(square, in_dims=1, out_dims=1)(x), x * x)
-
-
-# ---------------------------------------------------------------- mutation
-
-
-@pytest.fixture(params=["python kernel", "native kernel"])
-def add_one(request):
-    @opkit.op("t::add_one", shapes="n -> ", mutates_args=["b"])
-    def add_one(b: Tensor) -> None:
-        b.add_(1)
-
-    if request.param == "native kernel":
-        add_one.register_kernel(
-            "cpu",
-            opkit.cpp.kernel("""#include <opkit/kernel.h>
-            void add_one(opkit::Tensor b) { for (int64_t i = 0; i < b.numel(); ++i) b.data<float>()[i] += 1; }"""),
-        )
-    return add_one
-
-
-def test_mutation_is_seen_and_bumps_the_version(add_one, wrap):
-    def f(b):
-        add_one(b)
-        return b * 2
-
-    b = torch.ones(2)
-    assert wrap(f)(b).tolist() == [4, 4]
-    assert b.tolist() == [2, 2]
-    version = b._version
-    add_one(b)
-    assert b._version > version
-
-
-@pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_mutating_what_backward_needs_raises(add_one, guard):
-    w, b = leaf(), torch.ones(1)
-    y = w * b
-    with guard():
-        add_one(b)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-def test_mutating_what_backward_needs_raises_when_compiled(add_one):
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def f(w, b):
-        y = w * b
-        add_one(b)
-        return y
-
-    with pytest.raises(Exception, match="modified by an inplace operation"):
-        f(leaf(), torch.ones(1)).sum().backward()
-
-
-def test_mutated_argument_that_requires_grad_raises(add_one, wrap):
-    def f(w):
-        b = w * 1
-        add_one(b)
-        return b * b
-
-    with pytest.raises(
-        Exception, match="calling t::add_one with gradients: argument b requires grad and is overwritten"
-    ):
-        wrap(f)(leaf()).sum().backward()
-    with pytest.raises(Exception, match="argument b requires grad and is overwritten"):
-        wrap(lambda w: add_one(w))(leaf())
-
-
-@pytest.fixture
-def copy_into():
-    @opkit.op("t::copy_into", shapes="n, n -> n", mutates_args=["b"])
-    def copy_into(x: Tensor, b: Tensor) -> Tensor:
-        b.copy_(x)
-        return x * 2
-
-    return copy_into
-
-
-def test_gradient_that_would_be_lost_in_a_mutated_argument_raises(copy_into, wrap):
-    with pytest.raises(
-        Exception, match="argument x requires grad and flows into b; .* or register a formula"
-    ):
-        wrap(lambda x, b: copy_into(x, b))(leaf(), torch.zeros(1))
-    with torch.no_grad():
-        assert copy_into(leaf(), torch.zeros(1)).item() == 6
-
-
-def test_op_that_mutates_may_have_a_formula(copy_into, wrap):
-    copy_into.register_autograd(lambda ctx, g: (g * 2, None))
-    x, b = leaf(), torch.zeros(1)
-    wrap(lambda x, b: copy_into(x, b))(x, b).sum().backward()
-    assert (x.grad.item(), b.item()) == (2, 3)
-
-
-def test_op_without_results_has_no_gradient_to_give_even_with_a_formula():
-    @opkit.op("t::store", shapes="n, n -> ", mutates_args=["b"])
-    def store(x: Tensor, b: Tensor) -> None:
-        b.copy_(x)
-
-    store.register_autograd(lambda ctx: (None, None))
-    with pytest.raises(
-        opkit.GradientError, match="argument x requires grad and flows into b.*without mutation\\.$"
-    ):
-        store(leaf(), torch.zeros(1))
-
-
-def test_mutated_list_is_seen_and_bumps_every_version(wrap):
-    @opkit.op("t::add_all", mutates_args="bs")
-    def add_all(bs: list[Tensor], *, k: Tensor) -> None:
-        for b in bs:
-            b.add_(k)
-
-    add_all.register_fake(lambda bs, *, k: None)
-    bs = [torch.ones(1), torch.ones(2)]
-    wrap(lambda bs: add_all(bs, k=torch.ones(1)))(bs)
-    assert [b[0].item() for b in bs] == [2, 2]
-    versions = [b._version for b in bs]
-    add_all(bs, k=torch.ones(1))
-    assert all(b._version > v for b, v in zip(bs, versions, strict=True))
-
-
-def test_mutating_op_passes_opcheck(copy_into):
-    torch.library.opcheck(copy_into.overload, (torch.ones(2), torch.zeros(2)))
-
-
-def test_vmap_of_a_mutating_op_raises(add_one):
-    with pytest.raises(RuntimeError, match="t::add_one"):
-        torch.vmap(lambda b: (add_one(b), b.clone())[1])(torch.zeros(2, 3))
-
-
 # ---------------------------------------------------------------- several kinds of autograd
 
 
-def test_gradients_flow_with_checkpoint_hooks_and_threads():
+@pytest.fixture(params=["function", "op", "from_reference"])
+def sine(request):
+    """An op whose gradient is given in each form."""
+
+    @opkit.op("t::sine", shapes="*b -> *b")
+    def sine(x: Tensor, k: float) -> Tensor:
+        return (x * k).sin()
+
+    @opkit.op("t::sine_backward", shapes="*b, *b -> *b")
+    def sine_backward(g: Tensor, x: Tensor, k: float) -> Tensor:
+        return g * (x * k).cos() * k
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.k = inputs[1]
+
+    if request.param == "function":
+        sine.register_autograd(lambda ctx, g: (g * (ctx.saved_tensors[0] * ctx.k).cos() * ctx.k, None), save)
+    elif request.param == "op":
+        sine.register_autograd(sine_backward, saves=("x", "k"))
+    else:
+        sine.register_autograd(opkit.from_reference)
+    return sine
+
+
+def test_saved_tensors_hooks_see_what_is_saved(sine):
+    x, packed = leaf(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        y = sine(x, 2.0)
+    assert [t.tolist() for t in packed] == [[3]]
+    y.backward()
+    torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).cos())
+
+
+def test_saved_tensors_may_be_kept_on_the_cpu(sine):
+    x = leaf()
+    with torch.autograd.graph.save_on_cpu():
+        y = sine(x, 2.0)
+    y.backward()
+    torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).cos())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_calls_have_their_gradients(sine, reentrant):
+    x = leaf()
+    y = torch.utils.checkpoint.checkpoint(lambda x: sine(sine(x, 2.0), 3.0), x, use_reentrant=reentrant)
+    y.backward()
+    expected = torch.autograd.grad(((x * 2).sin() * 3).sin(), x)
+    torch.testing.assert_close((x.grad,), expected)
+
+
+def test_backward_may_run_in_many_threads(sine):
+    x = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad((x * 2).sin().sum(), x)[0]
+    y = sine(x, 2.0).sum()
+
+    def derive(_):
+        shared = torch.autograd.grad(y, x, retain_graph=True)[0]
+        own = torch.autograd.grad(sine(x, 2.0).sum(), x)[0]
+        return shared, own
+
+    with ThreadPoolExecutor(4) as pool:
+        for shared, own in pool.map(derive, range(40)):
+            torch.testing.assert_close(shared, expected)
+            torch.testing.assert_close(own, expected)
+
+
+def test_compiled_autograd_is_right_for_every_value_and_formula(sine):
+    from torch._dynamo import compiled_autograd
+    from torch._dynamo.utils import counters
+
+    def derive(k):
+        x = leaf()
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            sine(x * 2, k).backward()
+        expected = 2 * k * (2 * x.detach() * k).cos()
+        return x.grad / expected
+
+    before = counters["compiled_autograd"]["captures"]
+    for k in (2.0, 3.0, 2.0):
+        torch.testing.assert_close(derive(k), torch.ones(1))
+    assert counters["compiled_autograd"]["captures"] > before
+    sine.register_autograd(
+        lambda ctx, g: (g * ctx.factor, None), lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1])
+    )
+    expected = 3 / (3 * torch.tensor([18.0]).cos())
+    torch.testing.assert_close(derive(3.0), expected)
+
+
+def test_compiled_autograd_without_a_formula_raises():
+    from torch._dynamo import compiled_autograd
+
     @opkit.op("t::f", shapes="*b -> *b")
     def f(x: Tensor) -> Tensor:
-        return x.sin()
+        return x * x
 
-    f.register_autograd(opkit.from_reference)
-    x = leaf()
-    packed = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(1) or t, lambda t: t):
-        y = f(x)
-    torch.utils.checkpoint.checkpoint(f, y, use_reentrant=False).sum().backward()
-    assert packed
-    torch.testing.assert_close(x.grad, torch.cos(torch.sin(x)).detach() * torch.cos(x).detach())
+    y = f(leaf())
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        with pytest.raises(Exception, match="differentiating t::f: it has no gradient formula"):
+            y.backward()
 
 
 def test_retained_graph_can_be_walked_twice(square):
@@ -315,3 +197,89 @@ def test_argument_used_twice_gets_both_gradients():
     x = leaf()
     mul(x, x).sum().backward()
     assert x.grad.item() == 6
+
+
+def test_output_that_setup_context_marks_has_no_gradient():
+    @opkit.op("t::f", shapes="n -> n, n, n")
+    def f(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x * 2, x * 3, x * 4
+
+    def save(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+
+    f.register_autograd(lambda ctx, a, b, c: a * 2, save, non_differentiable=("out2",))
+    assert [y.requires_grad for y in f(leaf())] == [True, False, False]
+
+
+# ---------------------------------------------------------------- gradients that cannot be
+
+
+@pytest.fixture
+def mul():
+    @opkit.op("t::mul", shapes="n, n -> n")
+    def mul(x: Tensor, k: float, weight: Tensor) -> Tensor:
+        return x * k * weight
+
+    return mul
+
+
+@pytest.mark.parametrize(
+    ("grads", "text"),
+    [
+        (
+            lambda g: (g, None, g[:1]),
+            r"one of shape \(1,\) as the gradient of weight; expected \(2,\), that of",
+        ),
+        (lambda g: (g[None, :, None], None, g), r"one of shape \(1, 2, 1\) as the gradient of x"),
+        (
+            lambda g: (g * 1j, None, g),
+            "one of dtype torch.complex64 as the gradient of x; expected a real one",
+        ),
+        (
+            lambda g: (g.to("meta"), None, g),
+            "one on meta as the gradient of x; expected cpu, where the argument",
+        ),
+        (lambda g: (g, g, g), "Tensor as the gradient of k; expected None, as it is not a tensor"),
+        (lambda g: (g, 1.0, g), "float 1.0 as the gradient of k"),
+        (lambda g: (g, None, 0.0), "float 0.0 as the gradient of weight; expected a Tensor or None"),
+        (lambda g: (g, None, [g]), "list as the gradient of weight"),
+    ],
+    ids=[
+        "shape",
+        "more dimensions",
+        "dtype",
+        "device",
+        "of a number",
+        "number of a number",
+        "number",
+        "list",
+    ],
+)
+def test_gradient_that_cannot_be_is_reported_by_name(mul, grads, text):
+    mul.register_autograd(lambda ctx, g: grads(g))
+    x = leaf(1.0, 2.0)
+    with pytest.raises(opkit.GradientError, match=f"differentiating t::mul: the formula returned {text}"):
+        mul(x, 2.0, x).sum().backward()
+
+
+def test_gradient_that_torch_can_bring_to_the_argument_is_taken(mul):
+    mul.register_autograd(lambda ctx, g: (g.double(), None, torch.stack([g, g])))
+    x, w = leaf(1.0, 2.0), leaf(1.0, 2.0)
+    mul(x, 2.0, w).sum().backward()
+    assert (x.grad.tolist(), x.grad.dtype, w.grad.tolist()) == ([1, 1], torch.float32, [2, 2])
+
+
+def test_gradient_in_a_list_is_reported_by_its_place():
+    @opkit.op("t::total")
+    def total(xs: list[Tensor]) -> Tensor:
+        return xs[0].sum() + xs[1].sum()
+
+    x = leaf(1.0, 2.0)
+    total.register_autograd(lambda ctx, g: ([g.expand(2), g.expand(3)],))
+    with pytest.raises(opkit.GradientError, match=r"one of shape \(3,\) as the gradient of xs\[1\]"):
+        total([x, x]).backward()
+    total.register_autograd(lambda ctx, g: (3.0,))
+    with pytest.raises(
+        opkit.GradientError, match="float 3.0 as the gradient of xs; expected a list of 2, one"
+    ):
+        total([x, x]).backward()

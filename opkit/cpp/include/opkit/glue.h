@@ -30,6 +30,8 @@ int32_t aoti_torch__reinterpret_tensor(AtenTensorHandle tensor, int64_t dim, con
                                        const int64_t* strides, int64_t offset,
                                        AtenTensorHandle* view);
 int32_t aoti_torch_copy_(AtenTensorHandle tensor, AtenTensorHandle source, int32_t non_blocking);
+int32_t torch_new_list_reserve_size(size_t size, StableListHandle* list);
+int32_t torch_list_push_back(StableListHandle list, uint64_t element);
 int32_t torch_list_size(StableListHandle list, size_t* size);
 int32_t torch_list_get_item(StableListHandle list, size_t index, uint64_t* item);
 int32_t torch_delete_list(StableListHandle list);
@@ -186,6 +188,21 @@ class TensorList {
   Array<TensorArg> handles_;
   Array<Tensor> views_;
   bool has_;
+};
+
+// The tensors of an output that is a list.
+class ListOut {
+ public:
+  ListOut(int64_t size, const char* name) : handles_(size), views_(size), name_(name) {}
+  TensorArg& slot(int64_t i) { return handles_[i]; }
+  void open();
+  Span<Tensor> span() const { return views_.span(); }
+  uint64_t release();
+
+ private:
+  Array<TensorArg> handles_;
+  Array<Tensor> views_;
+  const char* name_;
 };
 
 class StringArg {
@@ -356,6 +373,21 @@ OPKIT_BODY Tensor TensorArg::open(int64_t* found) const {
                      : torch_get_const_data_ptr(handle_, const_cast<const void**>(&data));
   ok(status, "sizes, dtype, device or data", name_);
   return Tensor(name_, data, sizes, strides, dim, static_cast<DType>(dtype), device, found);
+}
+
+OPKIT_BODY void ListOut::open() {
+  for (int64_t i = 0; i < views_.span().size(); ++i) views_[i] = handles_[i].open();
+}
+
+OPKIT_BODY uint64_t ListOut::release() {
+  StableListHandle list = nullptr;
+  int32_t status = torch_new_list_reserve_size(static_cast<size_t>(views_.span().size()), &list);
+  for (int64_t i = 0; !status && i < views_.span().size(); ++i)
+    status = torch_list_push_back(list, handles_[i].release());
+  if (status) fail("torch could not take the list ", name_);
+  uint64_t value = 0;
+  __builtin_memcpy(&value, &list, sizeof(list));
+  return value;
 }
 
 OPKIT_BODY Sizes::Sizes(const Tensor& tensor, int64_t from, int64_t until) {

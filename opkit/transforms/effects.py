@@ -1,0 +1,26 @@
+"""An op that does something beside what it returns: compiled and exported programs keep each of its calls."""
+
+from __future__ import annotations
+
+import torch
+
+from opkit import _torch
+from opkit.errors import SchemaError
+from opkit.spec.schema import Schema
+
+
+def refuse_mutation(schema: Schema) -> None:
+    """Raise SchemaError for an op that also mutates an argument: torch drops or moves its calls."""
+    mutated = [p.name for p in schema.params if p.mutated]
+    if mutated:
+        raise SchemaError(
+            f"declaring {schema.name}: found effects=True for an op that mutates {', '.join(mutated)}; expected one of "
+            "the two, since torch drops or moves the calls of an op that has both. Return a new tensor, or make two "
+            "ops of it.",
+            op=schema.name,
+        )
+
+
+def keep_calls(library: torch.library.Library, name: str) -> None:
+    """Have every call of an overload kept, in order."""
+    _torch.register_effect(library, name)
