@@ -128,7 +128,7 @@ class Op(Generic[P, R]):
         self._overwriting = Overwriting(schema, self._runner, self._meta, self._library, self._tags)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if _torch.is_compiling():
             wanted = preference.traced()
             if wanted is not None:
                 variant = self._inlined if _ensure_variant(self.name, wanted) else self._variant
@@ -429,7 +429,7 @@ class Op(Generic[P, R]):
 
         Where each batched tensor and each result has the same `*b` in the shape line, nothing need be said: the
         op is called once with the batch among these dimensions. That takes `*b` for dimensions along which the op
-        works on each index by itself; the first eager call under vmap is compared with the op on one sample.
+        works on each index by itself; the first eager call whose samples differ is compared with the op on one.
 
         Args:
             rule: one of these.
@@ -536,7 +536,7 @@ class Op(Generic[P, R]):
             **kwargs: the op's.
 
         Raises:
-            OutputError: a tensor of `out` does not fit its result.
+            OutputError: a tensor of `out` does not fit its result, or shares memory with another one.
             GradientError: an argument requires grad, as in torch's own out forms.
 
         Example:
@@ -782,12 +782,12 @@ class Op(Generic[P, R]):
         """Tell Inductor what it may make of the op, before it looks."""
         schema, offer = self.schema, _torch_compile.decompose_in_inductor
         if self._inlined is not None:
-            offer(self._inlined, inlining.decomposition(schema, self.reference, self._meta), always=True)
+            offer(self._inlined, inlining.decomposition(schema, self.reference, self._meta))
         if self._inline:
-            offer(self.overload, inlining.decomposition(schema, self.reference, self._meta), always=True)
+            offer(self.overload, inlining.decomposition(schema, self.reference, self._meta))
         elif self._may_overwrite and self._table.overwrites() and not any(p.mutated for p in schema.params):
             self._overwriting.define()  # also for code from a cache, which calls them
-            offer(self.overload, self._overwriting.decomposition(), always=False)
+            offer(self.overload, self._overwriting.decomposition())
 
     def _ops_behind(self) -> list[str]:
         """Return the names of the ops that the op's formula and reference call."""

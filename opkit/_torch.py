@@ -79,6 +79,17 @@ def stashed() -> Any:
 tracing: Callable[[], Any] = torch._guards.TracingContext.try_get
 
 
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling() or tracing() is not None
+
+
+# torch 2.11 says so to Dynamo alone, and no longer when AOTAutograd traces a formula, with the same TracingContext
+# (torch/_dynamo/convert_frame.py, _compile_session_context in 2.13). Drop it with support for torch before 2.13.
+is_compiling: Callable[[], bool] = (
+    torch.compiler.is_compiling if hasattr(torch.compiler, "_compile_session_context") else _is_compiling
+)
+
+
 def in_subgraph() -> bool:
     """Whether Dynamo is tracing the body of a higher-order operator, such as a checkpointed function.
 

@@ -61,19 +61,17 @@ def forget_compiled(code: CodeType) -> None:
     reset_code(code)
 
 
-def decompose_in_inductor(overload: Any, function: Callable[..., Any], *, always: bool) -> None:
-    """Have Inductor replace calls of an overload by what `function` does, or leave those where it says NotImplemented.
+def decompose_in_inductor(overload: Any, function: Callable[..., Any]) -> None:
+    """Have Inductor replace calls of an overload by what `function` does, which must not say NotImplemented.
 
     Only Inductor sees it. Its tables are private (torch/_inductor/decomposition.py), read when AOTAutograd traces
     a graph and kept in a cached copy for the default setting. Inductor asserts that an op that it calls as it is
-    has no entry in the first one, so an entry that may say NotImplemented goes into the copy alone. Goes when
-    torch.library can register a decomposition for Inductor.
+    has no entry in them. Goes when torch.library can register a decomposition for Inductor.
     """
     from torch._inductor import decomposition
 
     decomposition.fast_random_decomps()[overload] = function
-    if always:
-        decomposition.decompositions[overload] = function
+    decomposition.decompositions[overload] = function
 
 
 def forget_decomposition(overload: Any) -> None:

@@ -139,6 +139,32 @@ def test_function_that_makes_ops_under_one_name_is_refused():
     assert make(1)(T).tolist() == [2, 2]  # the same once more is no conflict
 
 
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"inline": True}, opkit.RegistrationError),
+        ({"effects": True}, opkit.SchemaError),
+        ({"layout": "dense"}, opkit.SchemaError),
+        ({"flops": lambda: 0}, opkit.RegistrationError),
+    ],
+    ids=["inline", "effects", "layout", "flops"],
+)
+def test_redefinition_that_is_refused_leaves_the_op_as_it_was(option, error):
+    def cell(**options):
+        @opkit.op("t::grow", shapes="n ->", mutates_args=["x"], **options)
+        def grow(x: Tensor) -> None:
+            x.add_(1)
+
+        return grow
+
+    grow, x = cell(), torch.zeros(2)
+    with pytest.raises(error):
+        cell(**option)
+    grow(x)
+    assert opkit.get("t::grow") is grow
+    assert x.tolist() == [1, 1]
+
+
 def test_redefinition_with_another_schema_replaces_the_schema():
     def make(second):
         def f(x, y): ...

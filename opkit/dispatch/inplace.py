@@ -173,9 +173,9 @@ def apart(mutated: Sequence[int], values: Sequence[Any]) -> tuple[Any, ...]:
         if place in mutated:
             continue
         if isinstance(value, torch.Tensor):
-            if any(_meet(value, w) for w in written):
+            if any(meet(value, w) for w in written):
                 own[place] = value.clone()
-        elif isinstance(value, (list, tuple)) and any(_meet(v, w) for v in _tensors(value) for w in written):
+        elif isinstance(value, (list, tuple)) and any(meet(v, w) for v in _tensors(value) for w in written):
             own[place] = [v.clone() if isinstance(v, torch.Tensor) else v for v in value]
     return tuple(own)
 
@@ -186,7 +186,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     ]
 
 
-def _meet(one: torch.Tensor, other: torch.Tensor) -> bool:
+def meet(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors share memory, taking each for all between its first and its last element."""
     if not _torch.is_alias_of(one, other):
         return False

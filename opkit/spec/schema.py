@@ -26,6 +26,9 @@ from opkit.spec.types import ValueType as ValueType
 REQUIRED: Any = inspect.Parameter.empty
 
 _TORCHS_OWN = ("aten", "prim", "prims", "quantized", "inductor", "higher_order", "c10d", "_opkit_native")
+# Compiled here, as Dynamo cannot trace that (torch 2.11), and `inline` may stand in a compiled function.
+_NAME = re.compile(r"[A-Za-z_]\w*::[A-Za-z_]\w*")
+_NAME_OR_OVERLOAD = re.compile(_NAME.pattern + r"(\.\w+)?")  # an adopted op may be one of several
 
 
 @dataclass(frozen=True)
@@ -242,8 +245,8 @@ def _default_device() -> torch.device:
 
 def check_name(name: str, doing: str = "declaring an op") -> None:
     """Raise SchemaError unless `name` is `namespace::name`."""
-    overload = "" if doing.startswith("declaring") else r"(\.\w+)?"  # an adopted op may be one of several
-    if not isinstance(name, str) or not re.fullmatch(rf"[A-Za-z_]\w*::[A-Za-z_]\w*{overload}", name):
+    form = _NAME if doing.startswith("declaring") else _NAME_OR_OVERLOAD
+    if not isinstance(name, str) or not form.fullmatch(name):
         hint = f"mylib::{name}" if isinstance(name, str) and name.isidentifier() else "mylib::my_op"
         lacks = "has no namespace" if isinstance(name, str) and "::" not in name else "is not an op's name"
         raise SchemaError(

@@ -96,11 +96,12 @@ def differs(
     values: Sequence[Any],
     call: Callable[[Sequence[Any]], Sequence[Any]],
     like: Callable[[Any], tuple[Sequence[Any], torch.dtype, Any]],
-) -> tuple[str, float] | None:
+) -> tuple[bool, tuple[str, float] | None]:
     """Put `*star` to the test on small tensors made up for it, where the real ones have no data to look at.
 
-    `like` gives shape, dtype and device of what stands for a tensor in `values`. Nothing is found where the shapes are
-    symbolic, or the op does not take what was made up, such as an index out of range.
+    `like` gives shape, dtype and device of what stands for a tensor in `values`. Returns whether there was a test, and
+    what it found: there is none where shapes are symbolic, where an argument is of integers, which a native kernel may
+    take for places without a look, or where the op does not take what was made up.
     """
     entries = {t.name: t.entry for t in plan.inputs}
     places = [stars.inputs.get(p.name, ("", 0)) for p in schema.params]
@@ -117,9 +118,9 @@ def differs(
             ]
             trial = Trial(schema, made, dims)
             outputs = call(made)
-            return trial.difference(call, made, outputs, [at for _, at in stars.outputs])
+            return True, trial.difference(call, made, outputs, [at for _, at in stars.outputs])
         except Exception:
-            return None
+            return False, None
 
 
 def _made_up(
@@ -132,6 +133,8 @@ def _made_up(
     shape, at = list(shape), entry.star
     if not all(type(size) is int for size in shape):
         raise NotImplementedError("symbolic sizes")
+    if not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
+        raise NotImplementedError("places")
     if at is not None:
         end = len(shape) - (len(entry.dims) - at - 1)
         few = (

@@ -158,6 +158,9 @@ class _Walk:
                 yield from self._code(const, scope)
             else:
                 yield from self.value(const)
+        for name in _imported(code):
+            if _root(name) not in _KNOWN:
+                raise UnseenError(f"a function that imports {name or 'from its package'} when it is called")
         for path in _named(code):
             found = scope.get(path[0], _NOTHING)
             if found is _NOTHING:
@@ -256,6 +259,10 @@ def _named(code: types.CodeType) -> list[tuple[str, ...]]:
             continue
         found[tuple(path)] = None
     return list(found)
+
+
+def _imported(code: types.CodeType) -> list[str]:
+    return [i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"]
 
 
 def of_graph(graph_module: Any, find: Callable[[str], Any]) -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ class inline:  # noqa: N801  (a context manager, named like torch.no_grad)
         enabled: False keeps ops as they are that are declared with `inline=True`.
 
     Raises:
-        SchemaError: one of the names is not that of an op.
+        SchemaError: one of the names is not `namespace::name`.
         RegistrationError: an op mutates its arguments; at the call, while it is being compiled.
 
     Example:

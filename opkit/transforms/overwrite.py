@@ -79,6 +79,7 @@ class Overwriting:
 
     def define(self) -> None:
         """Define the relatives that some kernel may need."""
+        self.name(())
         for kernel in self._runner.table.all():
             if kernel.inplace:
                 self.name(kernel.inplace)
@@ -106,14 +107,18 @@ class Overwriting:
         return held and len(places) == len(outs)
 
     def decomposition(self) -> Callable[..., Any]:
-        """Return how Inductor sees the op: as one that overwrites copies. It leaves out those of what is dead."""
+        """Return how Inductor sees the op: as one that overwrites copies. It leaves out those of what is dead.
+
+        Where nothing may be overwritten it is the relative that overwrites nothing, and not NotImplemented: since
+        torch 2.13 Inductor asserts that an op that it calls as it is has no decomposition.
+        """
         schema = self.schema
 
         def decomposed(*args: Any, **kwargs: Any) -> Any:
             values = schema.fill(args, kwargs)
             places = self.places(values)
             if not places:
-                return NotImplemented
+                return self.overload(())(*args, **kwargs)
             arguments = {p.name: v for p, v in zip(schema.params, values, strict=True)}
             found = _torch_compile.functional_call(self.overload(places), arguments)
             copies = found[-len(places) :]

@@ -214,21 +214,22 @@ class Sharding:
                 ],
             )
 
-    def _try(self, stars: Stars, star: str, values: Sequence[Any]) -> None:
-        """Put `*b` to the test once, before a rank sees only a part of a tensor.
+    def _try(self, stars: Stars, star: str, values: Sequence[Any]) -> bool:
+        """Put `*b` to the test once, before a rank sees only a part of a tensor; return whether it could be tested.
 
         Raises:
             RegistrationError: the op gave other results for a part.
         """
         if self._tried:
-            return
+            return True
         schema, plan = self.schema, self.plan
         assert plan is not None
-        found = differs(
+        self._tried, found = differs(
             schema, plan, stars, star, values, self._call,
             lambda spec: (spec.shape, spec.tensor_meta.dtype, spec.mesh.device_type),
         )  # fmt: skip
         if found is not None:
+            self._tried = False
             raise RegistrationError(
                 f"sharding {schema.name}: its shape line lets DTensor split tensors along '*{star}', and called with a "
                 f"part it gave {found[0]} otherwise than with the whole (apart by {found[1]:.3g}); expected an op that "
@@ -236,7 +237,7 @@ class Sharding:
                 "right: register_sharding(function).",
                 op=schema.name,
             )
-        self._tried = True
+        return self._tried
 
     def _call(self, values: Sequence[Any]) -> tuple[Any, ...]:
         args, kwargs = self.schema.split(values)
@@ -265,8 +266,8 @@ class Sharding:
                 name in ranks for name, (own, _) in stars.inputs.items() if own == star and name in given
             )
             length = lengths.get(star, 0) if known else 0
-            if length:
-                self._try(stars, star, values)
+            if length and not self._try(stars, star, values):
+                length = 0
             for index in range(length):
                 inputs = {n: at + index for n, (s, at) in stars.inputs.items() if s == star and n in ranks}
                 yield inputs, [at + index for _, at in stars.outputs]

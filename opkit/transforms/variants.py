@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opkit.dispatch import inplace as inplaces
 from opkit.errors import GradientError, OutputError, RegistrationError
 from opkit.spec.schema import Schema
 
@@ -46,7 +47,7 @@ def outputs_of(schema: Schema, out: Any) -> tuple[Tensor, ...]:
 
     Raises:
         RegistrationError: the op has results that no tensor can hold.
-        OutputError: another number of tensors, or something else.
+        OutputError: another number of tensors, something else, or tensors that share memory.
     """
     if not schema.results or any(str(r.type) != "Tensor" for r in schema.results):
         raise RegistrationError(
@@ -61,6 +62,18 @@ def outputs_of(schema: Schema, out: Any) -> tuple[Tensor, ...]:
             f"{len(schema.results)} tensors: {', '.join(r.name for r in schema.results)}. Pass one for each.",
             op=schema.name,
         )
+    compiling = torch.compiler.is_dynamo_compiling()  # which cannot look at memory
+    for i, one in enumerate(outs):
+        others = outs[:i]
+        if any(one is o or (not compiling and inplaces.meet(one, o)) for o in others) or (
+            inplaces.overlaps_itself(one)
+        ):
+            raise OutputError(
+                f"calling {schema.name} with out=: the tensor for {schema.results[i].name} has elements that are also "
+                "those of another result, or lie on each other; expected memory of its own. Pass torch.empty(...) for "
+                "each.",
+                op=schema.name,
+            )
     return outs
 
 

@@ -235,8 +235,7 @@ class Batching:
             and not _torch.is_capturing()
         ):
             assert self.plan is not None
-            self._confirmed = True
-            found = differs(
+            self._confirmed, found = differs(
                 self.schema, self.plan, self.stars, star, moved, call, lambda t: (t.shape, t.dtype, t.device)
             )
             self._refuse(found)

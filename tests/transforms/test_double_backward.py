@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -179,3 +180,28 @@ def test_formula_that_accounts_for_such_an_output_is_right(norm, x):
         backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs), non_differentiable=("total",)
     )
     assert gradgradcheck(lambda x: norm(x)[0], (x,))
+
+
+class Kept(NamedTuple):
+    x: Tensor
+    cosine: Tensor
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda *t: list(t), Kept, lambda *t: {"all": t}], ids=["list", "named", "nested"]
+)
+def test_tensor_computed_in_setup_context_and_kept_in_a_container_raises(keep, x):
+    @opkit.op("t::sine", shapes="*b -> *b")
+    def sine(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @sine.register_autograd(
+        setup_context=lambda ctx, inputs, output: vars(ctx).update(k=keep(*inputs, inputs[0].cos()))
+    )
+    def _(ctx, grad):
+        kept = ctx.k["all"] if isinstance(ctx.k, dict) else ctx.k
+        return grad * kept[1]
+
+    assert gradcheck(sine, (x,))
+    with pytest.raises(opkit.GradientError, match=TEXT):
+        gradgradcheck(sine, (x,))

@@ -120,6 +120,16 @@ def test_functions_that_call_each_other_end():
     assert digest(scope["f"]) != digest(scope["g"])
 
 
+@pytest.mark.parametrize("imported", ["import of_mine", "from of_mine.inner import k", "from . import k"])
+def test_function_that_imports_what_may_be_edited_has_no_fingerprint(imported):
+    with pytest.raises(UnseenError, match="a function that imports"):
+        of(function(f"def f(x):\n    {imported}\n    return k(x)"))
+
+
+def test_function_that_imports_a_library_has_a_fingerprint():
+    assert digest(function("def f(x):\n    import math\n    from torch import nn\n    return x"))
+
+
 def test_libraries_count_by_name():
     assert digest(function("def f(x): return math.sin(x)", math=math)) != digest(
         function("def f(x): return math.cos(x)", math=math)

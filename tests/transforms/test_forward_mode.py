@@ -382,3 +382,22 @@ def test_forward_mode_in_one_compiled_function_is_not_in_the_next():
     with torch.no_grad():
         graph = make_fx(lambda x: seen(x))(x)
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [seen.overload]
+
+
+def test_setup_context_may_ask_which_arguments_have_a_tangent():
+    @opkit.op("t::times", shapes="*b, *b -> *b")
+    def times(x: Tensor, w: Tensor) -> Tensor:
+        return x * w
+
+    def needed(ctx, inputs, output):
+        x, w = inputs
+        ctx.save_for_forward(w if ctx.needs_input_grad[0] else None, x if ctx.needs_input_grad[1] else None)
+
+    @times.register_jvp(setup_context=needed)
+    def _(ctx, dx, dw):
+        w, x = ctx.saved_tensors
+        assert x is None
+        return dx * w
+
+    x, w = doubles(3), doubles(3)
+    assert torch.equal(torch.func.jvp(lambda x: times(x, w), (x,), (torch.ones_like(x),))[1], w)

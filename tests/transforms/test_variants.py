@@ -116,6 +116,33 @@ def test_out_that_does_not_fit_raises(double, out, text):
         double.into(out, X)
 
 
+@pytest.mark.parametrize(
+    "outs",
+    [
+        lambda m: (m[:3], m[2]),
+        lambda m: (m[0, :1].expand(3, 4), m[3]),
+        lambda m: (m.view(-1).as_strided((3, 4), (1, 1)), m[3]),
+    ],
+    ids=["results overlap", "expanded", "strides overlap"],
+)
+def test_out_tensors_that_share_memory_raise(both, outs):
+    with pytest.raises(opkit.OutputError, match=r"t::both with out=: .* expected memory of its own"):
+        both.into(outs(torch.zeros(4, 4)), X)
+
+
+def test_one_tensor_for_two_results_raises_while_compiling():
+    @opkit.op("t::twins", shapes="*b -> *b, *b")
+    def twins(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x + 2
+
+    def same(x):
+        out = torch.empty_like(x)
+        return twins.into((out, out), x)
+
+    with pytest.raises(Exception, match="expected memory of its own"):
+        torch.compile(same, backend="aot_eager")(X)
+
+
 def test_out_form_of_an_op_without_tensor_results_raises(accumulate):
     @opkit.op("t::nothing", shapes="n ->", mutates_args=["x"])
     def nothing(x: Tensor) -> None:

@@ -229,6 +229,18 @@ def test_line_that_only_looks_like_a_batch_is_found_out_while_compiling(backend)
         torch.compile(lambda x: torch.vmap(share, (0, None))(x, x[0]), fullgraph=True, backend=backend)(X)
 
 
+def test_samples_that_are_all_alike_do_not_count_as_a_comparison():
+    @opkit.op("t::share", shapes="*b -> *b")
+    def share(x: Tensor) -> Tensor:
+        return x + x.sum()
+
+    torch.vmap(share)(torch.zeros(4, 3))  # where x and share(x) are the same
+    with pytest.raises(
+        opkit.VmapError, match="mapping t::share .* gave out of the first sample otherwise than alone"
+    ):
+        torch.vmap(share)(X[:, 0])
+
+
 def test_trial_while_compiling_leaves_nothing_in_the_graph(norm):
     graphs = []
 
@@ -558,3 +570,32 @@ def test_numbers_and_absent_results_must_be_those_of_every_sample():
         opkit.VmapError, match="its samples returned as out1 1 and 2; expected the same for every sample"
     ):
         torch.vmap(lambda x: run(x, False))(x.abs() - torch.tensor([[0, 5], [0, 0]]))
+
+
+def test_kernel_is_never_given_integers_that_are_made_up():
+    """It may take them for places; where no tensors can be made up, the first real ones are the test."""
+    seen = []
+
+    @opkit.op("t::pick", shapes="*b n, *b -> *b")
+    def pick(x: Tensor, at: Tensor) -> Tensor:
+        return x.gather(-1, at.unsqueeze(-1)).squeeze(-1)
+
+    pick.register_autograd(opkit.from_reference)
+
+    @pick.register_kernel("cpu")
+    def _(x, at):
+        seen.append(at.tolist())
+        return pick.reference(x, at)
+
+    x, at = torch.arange(6.0).reshape(2, 3), torch.tensor([2, 2])
+    grads = torch.vmap(torch.func.grad(pick))(x, at)
+    assert grads.tolist() == [[0.0, 0.0, 1.0]] * 2
+    assert {value for one in seen for value in (one if isinstance(one, list) else [one])} == {2}
+
+    @opkit.op("t::shares", shapes="*b n, *b -> *b")
+    def shares(x: Tensor, at: Tensor) -> Tensor:
+        return x.sum() + 0 * x[..., 0] + at
+
+    shares.register_autograd(opkit.from_reference)
+    with pytest.raises(opkit.VmapError):
+        torch.vmap(torch.func.grad(shares))(x, at)
