@@ -41,6 +41,7 @@ from opkit.errors import VmapError as VmapError
 if TYPE_CHECKING:
     from opkit import cpp as cpp
     from opkit import plugins as plugins
+    from opkit import testing as testing
     from opkit._adopt import adopt as adopt
     from opkit._declare import declare as declare
     from opkit._op import Op as Op
@@ -72,6 +73,7 @@ _LAZY = {
     "op": "opkit._op",
     "plugins": "",
     "require": "opkit.dispatch.preference",
+    "testing": "",
     "use_backend": "opkit.dispatch.preference",
 }
 

@@ -1,0 +1,104 @@
+"""The arguments of a checked call: copies of them in other dtypes, and what a call with them gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opkit._op import Op
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def named(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Return values by name, those of a list one by one: `xs[1]`."""
+    found: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, list) or type(value) is tuple:  # not a record, such as OutputMeta
+            found.update({f"{name}[{i}]": one for i, one in enumerate(value)})
+        else:
+            found[name] = value
+    return found
+
+
+def mapped(
+    op: Op[..., Any], values: Sequence[Any], function: Callable[[str, Tensor], Any]
+) -> tuple[Any, ...]:
+    """Return arguments in schema order with `function` applied to each tensor, which gets its name too."""
+
+    def one(name: str, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [one(f"{name}[{i}]", v) for i, v in enumerate(value)]
+        return function(name, value) if isinstance(value, Tensor) else value
+
+    return tuple(one(p.name, value) for p, value in zip(op.schema.params, values, strict=True))
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy of the same layout, without history."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.layout is not torch.strided or type(tensor) is not Tensor:
+        return tensor.clone()
+    storage = tensor.untyped_storage().clone()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+        storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a copy in float64 or complex128, as it is where it is neither; what has 8 bits or less is a code."""
+    if tensor.is_complex():
+        return tensor.detach().to(torch.complex128, copy=True)
+    return tensor.detach().to(torch.float64, copy=True) if tensor.dtype in FLOATING else copied(tensor)
+
+
+def castable(op: Op[..., Any], values: Sequence[Any]) -> set[str]:
+    """Return the names of floating arguments whose dtype the shape line leaves open."""
+    plan = op._meta.plan
+    rules = {t.name: t.dtype for t in plan.inputs} if plan is not None else {}
+
+    def is_open(name: str, asked: tuple[str, ...] = ()) -> bool:
+        rule = rules.get(name)
+        if rule is None or name in asked:
+            return True
+        return rule.kind == "first" or (
+            rule.kind in ("tensor", "each") and is_open(rule.name, (*asked, name))
+        )
+
+    tensors = named([p.name for p in op.schema.params], values)
+    found = {n for n, v in tensors.items() if isinstance(v, Tensor) and v.dtype in FLOATING}
+    return {n for n in found if is_open(n.split("[")[0])}
+
+
+def cast(op: Op[..., Any], values: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return the arguments with those that can be in `dtype`."""
+    names = castable(op, values)
+    return mapped(op, values, lambda name, t: t.detach().to(dtype) if name in names else t)
+
+
+def outputs(op: Op[..., Any], function: Callable[..., Any], given: Sequence[Any]) -> dict[str, Any]:
+    """Call with `given`, which may be overwritten; return results and mutated arguments by name."""
+    args, kwargs = op.schema.split(given)
+    found = named([r.name for r in op.schema.results], op.schema.flatten(function(*args, **kwargs)))
+    for param, value in zip(op.schema.params, given, strict=True):
+        if param.mutated:
+            found.update(named([f"argument {param.name}"], [value]))
+    return found
+
+
+def outcome(op: Op[..., Any], values: Sequence[Any]) -> dict[str, Any]:
+    """Call the op with copies of the arguments, and return what `outputs` does."""
+    return outputs(op, op.overload, mapped(op, values, lambda _, t: copied(t)))
+
+
+def reference(op: Op[..., Any]) -> Callable[..., Any]:
+    """Return the reference as a function of what torch carries."""
+    return op.schema.adapt(op.reference)
+
+
+def reason(error: Exception) -> str:
+    """Return an error as one line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0]
