@@ -1019,11 +1019,8 @@ def _ensure_variant(name: str, wanted: str) -> bool:
 
 def _kinds(values: Sequence[Any]) -> tuple[str, str]:
     """Return device type and dtype of the first tensor, as text."""
-    for value in values:
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(one, torch.Tensor):
-                return one.device.type, str(one.dtype).removeprefix("torch.")
-    return "cpu", ""
+    first = next(iter(schemas.tensors(values)), None)
+    return ("cpu", "") if first is None else (first.device.type, str(first.dtype).removeprefix("torch."))
 
 
 def decompositions(*ops: Op[..., Any]) -> dict[Any, Callable[..., Any]]:

@@ -14,7 +14,7 @@ import torch
 from opkit import _torch
 from opkit.errors import OutputError, RegistrationError
 from opkit.spec.plan import Plan
-from opkit.spec.schema import Schema
+from opkit.spec.schema import Schema, tensors
 
 # For each argument that a kernel overwrites, its place, and the place of the result that is in it afterwards.
 Inplace = tuple[tuple[int, int | None], ...]
@@ -167,7 +167,7 @@ def apart(mutated: Sequence[int], values: Sequence[Any]) -> tuple[Any, ...]:
     Inductor makes such calls of others: it drops the clone in `y = x.clone(); op(y, x)` (pytorch#198031, open in
     2.15), and the kernel would read what it has written.
     """
-    written = [v for place in mutated for v in _tensors(values[place])]
+    written = tensors([values[place] for place in mutated])
     own = list(values)
     for place, value in enumerate(values):
         if place in mutated:
@@ -175,15 +175,9 @@ def apart(mutated: Sequence[int], values: Sequence[Any]) -> tuple[Any, ...]:
         if isinstance(value, torch.Tensor):
             if any(meet(value, w) for w in written):
                 own[place] = value.clone()
-        elif isinstance(value, (list, tuple)) and any(meet(v, w) for v in _tensors(value) for w in written):
+        elif isinstance(value, (list, tuple)) and any(meet(v, w) for v in tensors(value) for w in written):
             own[place] = [v.clone() if isinstance(v, torch.Tensor) else v for v in value]
     return tuple(own)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [
-        v for v in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(v, torch.Tensor)
-    ]
 
 
 def meet(one: torch.Tensor, other: torch.Tensor) -> bool:

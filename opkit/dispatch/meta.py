@@ -16,7 +16,7 @@ from torch import Tensor
 from opkit.dispatch.outputs import ABSENT
 from opkit.errors import ArgumentError, RegistrationError, ShapeError
 from opkit.spec.plan import OpenSize, OutputMeta, Plan
-from opkit.spec.schema import Schema
+from opkit.spec.schema import Schema, tensors
 
 _REMEMBERED = 4096  # kinds of call per op whose registered metadata is kept
 
@@ -147,15 +147,12 @@ class Meta:
         if self.function is None:
             return (None, None) if self.plan is None else self.plan.infer(*values)
         flat = self.schema.flatten(self._describe(values))
-        tensors = (v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,)))
-        return [_metas(o) for o in flat], next((t.device for t in tensors if isinstance(t, Tensor)), None)
+        return [_metas(o) for o in flat], next((t.device for t in tensors(values)), None)
 
     def of_registered(self, values: Sequence[Any]) -> tuple[Sequence[Any], torch.device | None]:
         """Ask the registered function, with meta tensors in the place of real ones."""
         outputs = self.schema.flatten(self._describe([_to_meta(v) for v in values]))
-        flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,))]
-        device = next((v.device for v in flat if isinstance(v, Tensor)), None)
-        return [_metas(o) for o in outputs], device
+        return [_metas(o) for o in outputs], next((t.device for t in tensors(values)), None)
 
 
 def _metas(output: Any) -> Any:

@@ -18,7 +18,7 @@ from opkit.dispatch import preference
 from opkit.dispatch.preference import Preference
 from opkit.dispatch.table import REFERENCE, Kernel, KernelTable
 from opkit.errors import NoKernelError, warn
-from opkit.spec.schema import Schema
+from opkit.spec.schema import Schema, tensors
 
 
 class Candidate(NamedTuple):
@@ -231,11 +231,7 @@ def _reject(
 
 
 def first_dtype(values: Sequence[Any]) -> torch.dtype | None:
-    for value in values:
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(one, torch.Tensor):
-                return one.dtype
-    return None
+    return next((t.dtype for t in tensors(values)), None)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -243,6 +243,16 @@ def _default_device() -> torch.device:
     return torch.get_default_device()
 
 
+def tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+    """Return the tensors among arguments or results, those in lists too."""
+    return [
+        one
+        for value in values
+        for one in (value if isinstance(value, (list, tuple)) else (value,))
+        if isinstance(one, torch.Tensor)
+    ]
+
+
 def check_name(name: str, doing: str = "declaring an op") -> None:
     """Raise SchemaError unless `name` is `namespace::name`."""
     form = _NAME if doing.startswith("declaring") else _NAME_OR_OVERLOAD
@@ -264,6 +274,26 @@ def describe(function: Callable[..., Any]) -> str:
     code = getattr(function, "__code__", None)
     title = getattr(function, "__qualname__", repr(function))
     return f"{title} ({code.co_filename}:{code.co_firstlineno})" if code else title
+
+
+def check_arity(
+    schema: Schema, function: Callable[..., Any], registering: str, what: str, arguments: Sequence[str]
+) -> None:
+    """Raise RegistrationError unless `function`, a part of what is registered, can be called with `arguments`."""
+    code = function.__code__ if isinstance(function, FunctionType) else None
+    if code is not None and code.co_argcount == len(arguments) and not code.co_kwonlyargcount:
+        return  # the common case, without what inspect costs
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        raise RegistrationError(
+            f"registering {registering} of {schema.name}: found {what} {describe(function)} with the signature "
+            f"{inspect.signature(function)}; expected {len(arguments)} arguments: {', '.join(arguments)}. "
+            "Change its parameters.",
+            op=schema.name,
+        ) from None
+    except ValueError:  # a builtin without a signature
+        return
 
 
 def check_signature(schema: Schema, function: Callable[..., Any], what: str) -> None:

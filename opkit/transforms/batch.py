@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opkit import _torch
 from opkit.spec.plan import Plan
-from opkit.spec.schema import Schema
+from opkit.spec.schema import Schema, tensors
 from opkit.spec.shapes import Entry
 
 Dims = Sequence[Any]  # for each argument None, the batched dimension, or a list of these for a list
@@ -81,7 +81,7 @@ class Trial:
             written = zip(schema.params, values, self.dims, self._alone, strict=True)
             pairs += [(p.name, sample(v, d, 0), a) for p, v, d, a in written if p.mutated]
             for name, found, wanted in pairs:
-                for one, other in zip(tensors(found), tensors(wanted), strict=True):
+                for one, other in zip(tensors([found]), tensors([wanted]), strict=True):
                     apart = _apart(one, other)
                     if apart:
                         return name, apart
@@ -160,12 +160,6 @@ def sample(value: Any, dim: Any, index: int | None) -> Any:
 def without(shape: Sequence[Any], dim: int | None) -> tuple[Any, ...]:
     """Return a shape without one of its dimensions."""
     return tuple(s for i, s in enumerate(shape) if i != dim)
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """Return the tensors of an argument or result, which may be a list."""
-    each = value if isinstance(value, (list, tuple)) else [value]
-    return [v for v in each if isinstance(v, Tensor)]
 
 
 def _varies(value: Any, dim: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opkit import _torch
 from opkit.errors import GradientError
-from opkit.spec.schema import Schema
+from opkit.spec.schema import Schema, tensors
 from opkit.transforms.formula import Formula, ReferenceFormula
 
 
@@ -46,9 +46,9 @@ def lost_history(
     stashed = [t for t in _within(ctx.__dict__) if id(t) not in known]
     if not foreign and not stashed:
         return None
-    inputs = _tensors(values)
+    inputs = tensors(values)
     without = {id(c) for c in constant}
-    followed = {id(o) for o in _tensors(outputs) if id(o) not in without}
+    followed = {id(o) for o in tensors(outputs) if id(o) not in without}
     known = {id(v) for v in inputs} | followed
     lost = [i for i in foreign if _is_lost(saved[i], known)]
     stashed = [t for t in stashed if _is_lost(t, known)]
@@ -143,15 +143,6 @@ def _is_lost(tensor: Any, known: set[int]) -> bool:
     return (
         tensor is not None and id(tensor) not in known and (tensor.is_floating_point() or tensor.is_complex())
     )
-
-
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    return [
-        one
-        for value in values
-        for one in (value if isinstance(value, (list, tuple)) else (value,))
-        if isinstance(one, Tensor)
-    ]
 
 
 def _within(value: Any) -> list[Tensor]:

@@ -7,9 +7,7 @@ into one gradient (or None) per argument. It does not know how autograd calls it
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from opkit import _torch
 from opkit.errors import GradientError, RegistrationError
 from opkit.spec.plan import Plan, Tensors
-from opkit.spec.schema import REQUIRED, Param, Schema, describe
+from opkit.spec.schema import REQUIRED, Param, Schema, check_arity, tensors
 from opkit.transforms.forward_mode import ReferenceTangents, Tangents
 
 
@@ -51,9 +49,15 @@ class FunctionFormula:
         setup_context: Callable[..., None] | None,
         non_differentiable: Sequence[str],
     ) -> None:
-        _check_arity(schema, backward, "backward", ["ctx", *(f"grad of {r.name}" for r in schema.results)])
+        check_arity(
+            schema,
+            backward,
+            "the gradient",
+            "backward",
+            ["ctx", *(f"grad of {r.name}" for r in schema.results)],
+        )
         if setup_context is not None:
-            _check_arity(schema, setup_context, "setup_context", ["ctx", "inputs", "output"])
+            check_arity(schema, setup_context, "the gradient", "setup_context", ["ctx", "inputs", "output"])
         self.schema = schema
         self.backward = backward
         self.setup_context = setup_context
@@ -78,23 +82,6 @@ class FunctionFormula:
                 op=self.schema.name,
             )
         return result
-
-
-def _check_arity(schema: Schema, function: Callable[..., Any], what: str, arguments: Sequence[str]) -> None:
-    code = function.__code__ if isinstance(function, FunctionType) else None
-    if code is not None and code.co_argcount == len(arguments) and not code.co_kwonlyargcount:
-        return  # the common case, without what inspect costs
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        raise RegistrationError(
-            f"registering the gradient of {schema.name}: found {what} {describe(function)} with the signature "
-            f"{inspect.signature(function)}; expected {len(arguments)} arguments: {', '.join(arguments)}. "
-            "Change its parameters.",
-            op=schema.name,
-        ) from None
-    except ValueError:  # a builtin without a signature
-        return
 
 
 class OpFormula:
@@ -265,10 +252,9 @@ def _replaced(value: Any, need: Any, leaves: Iterator[Any]) -> Any:
 @contextlib.contextmanager
 def as_in_forward(op: str, values: Sequence[Any]) -> Iterator[None]:
     """Run a reference again as its kernel ran: without autocast (dispatch/run.py), and with no other numbers."""
-    flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,))]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_RefuseRandom(op))
-        for device in {v.device.type for v in flat if isinstance(v, Tensor)}:
+        for device in {t.device.type for t in tensors(values)}:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
@@ -278,15 +264,13 @@ def as_in_forward(op: str, values: Sequence[Any]) -> Iterator[None]:
 def as_in_forward_within_a_kernel(op: str, values: Sequence[Any]) -> Iterator[None]:
     """Do the same inside of an autograd kernel, from where torch.func keeps what a level below sees."""
     if _torch.in_func_transform():
-        for value in values:
-            for one in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(one, Tensor) and torch.is_autocast_enabled(one.device.type):
-                    raise GradientError(
-                        f"differentiating {op} in forward mode by its reference: torch.func runs the reference "
-                        "under the autocast that is on, and the op runs without it, so tangents would be inexact. "
-                        "Turn autocast off around the transform, or register a function with register_jvp.",
-                        op=op,
-                    )
+        if any(torch.is_autocast_enabled(t.device.type) for t in tensors(values)):
+            raise GradientError(
+                f"differentiating {op} in forward mode by its reference: torch.func runs the reference "
+                "under the autocast that is on, and the op runs without it, so tangents would be inexact. "
+                "Turn autocast off around the transform, or register a function with register_jvp.",
+                op=op,
+            )
         with _RefuseRandomCalls(op):
             yield
     else:

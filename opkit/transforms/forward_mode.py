@@ -5,7 +5,6 @@ A rule gets primals and tangents, and does not know how autograd calls it: that 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from opkit import _torch
-from opkit.errors import GradientError, RegistrationError
-from opkit.spec.schema import Schema, describe
+from opkit.errors import GradientError
+from opkit.spec.schema import Schema, check_arity, tensors
 
 Save = Callable[[Any, "tuple[Any, ...]", "tuple[Any, ...]"], None]
 
@@ -42,17 +41,7 @@ class FunctionTangents:
         self, schema: Schema, jvp: Callable[..., Any], setup_context: Callable[..., None] | None
     ) -> None:
         wanted = ["ctx", *(f"tangent of {p.name}" for p in schema.params)]
-        try:
-            inspect.signature(jvp).bind(*wanted)
-        except TypeError:
-            raise RegistrationError(
-                f"registering the forward-mode formula of {schema.name}: found jvp {describe(jvp)} with the "
-                f"signature {inspect.signature(jvp)}; expected {len(wanted)} arguments: {', '.join(wanted)}. "
-                "Change its parameters.",
-                op=schema.name,
-            ) from None
-        except ValueError:  # a builtin without a signature
-            pass
+        check_arity(schema, jvp, "the forward-mode formula", "jvp", wanted)
         self.schema = schema
         self.jvp = jvp
         self.setup_context = setup_context
@@ -180,11 +169,7 @@ def refuse_tangents(schema: Schema, values: Sequence[Any]) -> None:
 
 def has_tangents(values: Sequence[Any]) -> bool:
     """Whether any of the values, or of the tensors in a list among them, has a tangent."""
-    for value in values:
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(one, Tensor) and _torch.has_tangent(one):
-                return True
-    return False
+    return any(_torch.has_tangent(t) for t in tensors(values))
 
 
 def _has_any(tangent: Any) -> Any:

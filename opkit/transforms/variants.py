@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opkit.dispatch import inplace as inplaces
 from opkit.errors import GradientError, OutputError, RegistrationError
-from opkit.spec.schema import Schema
+from opkit.spec.schema import Schema, tensors
 
 
 def into(schema: Schema, results: Sequence[Any], out: Any) -> Any:
@@ -79,15 +79,12 @@ def outputs_of(schema: Schema, out: Any) -> tuple[Tensor, ...]:
 
 def refuse_gradients(schema: Schema, values: Sequence[Any], outs: Sequence[Tensor]) -> None:
     """Raise where autograd would have to see a result being written into a tensor."""
-    if torch.is_grad_enabled():
-        for value in (*values, *outs):
-            for one in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(one, Tensor) and one.requires_grad:
-                    raise GradientError(
-                        f"calling {schema.name} with out=: an argument requires grad; expected none that does, as "
-                        "torch's own operations do with out=. Call it under torch.no_grad(), or without out=.",
-                        op=schema.name,
-                    )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors((*values, *outs))):
+        raise GradientError(
+            f"calling {schema.name} with out=: an argument requires grad; expected none that does, as "
+            "torch's own operations do with out=. Call it under torch.no_grad(), or without out=.",
+            op=schema.name,
+        )
 
 
 def functional(

@@ -17,8 +17,8 @@ from torch import Tensor
 from opkit import _torch
 from opkit.errors import RegistrationError, VmapError, did_you_mean, warn
 from opkit.spec.plan import Plan
-from opkit.spec.schema import Schema, describe
-from opkit.transforms.batch import Dims, Stars, Trial, differs, sample, tensors, without
+from opkit.spec.schema import Schema, describe, tensors
+from opkit.transforms.batch import Dims, Stars, Trial, differs, sample, without
 from opkit.transforms.gradient import EXTRA
 
 CHOICES = {
@@ -286,7 +286,7 @@ class Batching:
         shapes = [
             without(t.shape, d)
             for v, dim in zip(values, dims, strict=True)
-            for t, d in zip(tensors(v), _tensor_dims(v, dim), strict=True)
+            for t, d in zip(tensors([v]), _tensor_dims(v, dim), strict=True)
         ]
         try:
             shape = torch.broadcast_shapes(*shapes)
@@ -370,7 +370,7 @@ class Batching:
     def _of_none(self, dims: Dims, values: Sequence[Any]) -> tuple[Sequence[Any], Dims]:
         """Return the outputs for no samples: a shape without data, from the meta function."""
         one = [sample(v, d, None) for v, d in zip(values, dims, strict=True)]
-        device = next(t.device for v in values for t in tensors(v))
+        device = next(t.device for t in tensors(values))
         outputs = self.schema.flatten(self._trace(one))
 
         def none(output: Any) -> Any:
@@ -427,7 +427,7 @@ class _Draws:
     """The random generators that a call may draw from, which start anew for each sample."""
 
     def __init__(self, values: Sequence[Any]) -> None:
-        self._devices = {t.device for v in values for t in tensors(v)} | {torch.device("cpu")}
+        self._devices = {t.device for t in tensors(values)} | {torch.device("cpu")}
         self._generators = [v for v in values if isinstance(v, torch.Generator)]
         for device in self._devices:
             if device.type not in ("cpu", "meta"):
