@@ -1,21 +1,30 @@
 # Targets carry their help text after "##"; `make` alone prints them.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH ?= *
+# For which the wheels carry the native core; a torch that is not named builds its own.
+TORCHES ?= 2.11.0 2.12.0 2.12.1 2.13.0 2.14.0 2.14.1 2.15.0
+VERSION ?=
 
 VENV := .venv
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CONSTRAINTS := constraints.txt
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PLUGINS := build/test-plugins
+WHEELS := build/wheels
+CORE := $(BIN)/python -m opkit build --native
 NATIVE := find opkit kernels plugins examples tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak clean
+.PHONY: help demo test lint bench soak sanitize test-torch bench-torch wheels carry carry-torch clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY) ## show what opkit does, on this machine (sets everything up first)
+	-@$(CORE)
 	$(BIN)/python examples/demo/run.py
 
 test: $(READY) $(PLUGINS)/.ready ## run every test (sets everything up first), or some: make test PYTEST_ARGS="-x -k NAME"
@@ -24,6 +33,7 @@ test: $(READY) $(PLUGINS)/.ready ## run every test (sets everything up first), o
 	  ls $(VENV)/lib/python3*/site-packages | sed -n 's/^\(opkit_.*\)-[^-]*\.dist-info$$/\1/p' \
 	    | xargs $(PIP) uninstall --quiet --yes; \
 	fi
+	@$(CORE)
 	@status=0; \
 	for tests in $(if $(PYTEST_ARGS),,plugins/*/tests); do \
 	  [ -d "$$tests" ] || continue; \
@@ -40,18 +50,69 @@ lint: $(READY) ## check style and types
 	$(BIN)/python -m mypy
 	@echo "clang-format --dry-run"; $(NATIVE) | xargs -r $(BIN)/clang-format --dry-run -Werror
 
-bench: $(READY) ## measure opkit against its peers (minutes)
-	@for script in tests/benchmarks/[!_]*.py; do \
+bench: $(READY) ## measure opkit against its peers (minutes), or some of it: make bench BENCH=call
+	@$(CORE)
+	@for script in tests/benchmarks/$(if $(filter *,$(BENCH)),[!_]*,$(BENCH)).py; do \
 	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
 	done
 
 soak: $(READY) ## run the long campaigns: property tests with 5000 examples each, builders killed at random
 	$(BIN)/python -m pytest -m "soak or hypothesis" --hypothesis-profile=soak $(PYTEST_ARGS)
 
-clean: ## remove the virtual environment and everything built
-	rm -rf $(VENV) build dist *.egg-info plugins/*/build plugins/*/*.egg-info demo-output
+sanitize: $(READY) ## run the native core's tests under AddressSanitizer and UBSan, those with threads under ThreadSanitizer
+	$(call under,address$(comma)undefined,asan ubsan,)
+	$(call under,thread,tsan,-k "thread and not interpreter")
+
+test-torch: ## run every test on another torch, in an environment of its own: make test-torch VERSION=2.15.0
+	$(call on_other_torch,test)
+
+bench-torch: ## measure on another torch, likewise: make bench-torch VERSION=2.15.0 BENCH=call
+	$(call on_other_torch,bench)
+
+wheels: $(READY) ## build a wheel in dist/ that carries the native core for some torches: make wheels TORCHES="2.13.0 2.15.0"
+	@rm -rf $(WHEELS) && mkdir -p $(WHEELS)
+	@cp -r opkit kernels pyproject.toml setup.py README.md LICENSE $(WHEELS)
+	+@for version in $(TORCHES); do \
+	  [ $$version = $(TORCH) ] && how=carry || how="carry-torch VERSION=$$version"; \
+	  $(MAKE) --no-print-directory $$how || exit 1; \
+	done
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist ./$(WHEELS)
+	@ls -l dist/*.whl
+
+carry: $(READY)
+	@echo "== the native core for torch $(TORCH)"
+	@PYTHONPATH=$(CURDIR)/$(WHEELS) $(BIN)/python -m opkit.dispatch.native $(WHEELS)/opkit/dispatch/native/prebuilt
+
+carry-torch:
+	$(call on_other_torch,carry)
+
+clean: ## remove the virtual environments and everything built
+	rm -rf $(VENV) .torch-* build dist *.egg-info plugins/*/build plugins/*/*.egg-info demo-output
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Builds the core with sanitizers, in a cache of its own, and runs its tests in a Python that has these preloaded.
+# Python and torch are not built with them: what they never free is no finding, and order that they keep is unseen.
+comma := ,
+define under
+@echo "== $(1)"
+@OPKIT_CACHE_DIR=$(CURDIR)/build/sanitize-$(firstword $(2)) CXX="$(CXX) -fsanitize=$(1) -fno-omit-frame-pointer -g1" \
+  $(CORE)
+@OPKIT_CACHE_DIR=$(CURDIR)/build/sanitize-$(firstword $(2)) OPKIT_NATIVE=1 \
+  CXX="$(CXX) -fsanitize=$(1) -fno-omit-frame-pointer -g1" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+  LD_PRELOAD="$(foreach name,$(2),$(shell $(CXX) -print-file-name=lib$(name).so))" \
+  $(BIN)/python -m pytest -s tests/dispatch/test_native_path.py tests/dispatch/test_native_life.py $(3) $(PYTEST_ARGS)
+endef
+
+# CUDA's libraries come in the versions that this torch asks for, everything else as in constraints.txt.
+define on_other_torch
+@[ -n "$(VERSION)" ] || { echo "VERSION is missing: make $@ VERSION=2.15.0" >&2; exit 1; }
+@mkdir -p build
+@sed 's/^torch==.*/torch==$(VERSION)/; /^nvidia-/d' constraints.txt > build/constraints-torch-$(VERSION).txt
++@$(MAKE) --no-print-directory $(1) VENV=.torch-$(VERSION) TORCH=$(VERSION) \
+  CONSTRAINTS=build/constraints-torch-$(VERSION).txt PLUGINS=build/test-plugins-torch-$(VERSION)
+endef
 
 # The stamp is written last, so an interrupted set-up is taken up again.
 $(READY): pyproject.toml setup.py constraints.txt
@@ -62,10 +123,10 @@ $(READY): pyproject.toml setup.py constraints.txt
 	  echo "opkit compiles kernels and there is no C++ compiler: install g++ or clang, or set CXX." >&2; exit 1; }
 	@$(PIP) --version >/dev/null 2>&1 || { \
 	  echo "== creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); }
-	@echo "== installing $$(grep ^torch== constraints.txt), the largest part"
-	$(PIP) install -c constraints.txt $$(grep ^torch== constraints.txt)
+	@echo "== installing torch $(TORCH) into $(VENV), the largest part"
+	$(PIP) install -c $(CONSTRAINTS) torch==$(TORCH)
 	@echo "== installing opkit and what its tests and tools need"
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 # The plugins live outside the virtual environment, so that only their own tests see them.
@@ -74,5 +135,5 @@ $(PLUGINS)/.ready: $(READY) $(shell find plugins -type f -not -path '*/__pycache
 	@plugins=$$(for file in plugins/*/pyproject.toml; do [ -f "$$file" ] && echo "./$$(dirname $$file)"; done); \
 	[ -z "$$plugins" ] || { \
 	  echo "== installing" $$plugins "for their own tests"; \
-	  $(PIP) install --no-deps -c constraints.txt --target $(PLUGINS) numba llvmlite $$plugins; }
+	  $(PIP) install --no-deps -c $(CONSTRAINTS) --target $(PLUGINS) numba llvmlite $$plugins; }
 	@touch $@

@@ -28,6 +28,7 @@ from opkit.errors import ConfigError as ConfigError
 from opkit.errors import DeviceError as DeviceError
 from opkit.errors import DtypeError as DtypeError
 from opkit.errors import DuplicateOpError as DuplicateOpError
+from opkit.errors import FrozenError as FrozenError
 from opkit.errors import GradientError as GradientError
 from opkit.errors import NoKernelError as NoKernelError
 from opkit.errors import OpkitError as OpkitError
@@ -43,18 +44,20 @@ if TYPE_CHECKING:
     from opkit import plugins as plugins
     from opkit import testing as testing
     from opkit._adopt import adopt as adopt
+    from opkit._compiled import decompositions as decompositions
     from opkit._declare import declare as declare
+    from opkit._frozen import freeze as freeze
+    from opkit._inline import inline as inline
+    from opkit._make import op as op
     from opkit._op import Op as Op
-    from opkit._op import decompositions as decompositions
-    from opkit._op import op as op
+    from opkit._prepare import prepare as prepare
     from opkit._registry import find as find
     from opkit._registry import get as get
     from opkit._registry import list_ops as list_ops
     from opkit.dispatch.preference import require as require
     from opkit.dispatch.preference import use_backend as use_backend
     from opkit.dispatch.select import Explanation as Explanation
-    from opkit.transforms.formula import from_reference as from_reference
-    from opkit.transforms.inline import inline as inline
+    from opkit.transforms.recompute import from_reference as from_reference
 
 __version__ = "0.1.0"
 
@@ -64,14 +67,16 @@ _LAZY = {
     "adopt": "opkit._adopt",
     "cpp": "",
     "declare": "opkit._declare",
-    "decompositions": "opkit._op",
+    "decompositions": "opkit._compiled",
     "find": "opkit._registry",
-    "from_reference": "opkit.transforms.formula",
+    "freeze": "opkit._frozen",
+    "from_reference": "opkit.transforms.recompute",
     "get": "opkit._registry",
-    "inline": "opkit.transforms.inline",
+    "inline": "opkit._inline",
     "list_ops": "opkit._registry",
-    "op": "opkit._op",
+    "op": "opkit._make",
     "plugins": "",
+    "prepare": "opkit._prepare",
     "require": "opkit.dispatch.preference",
     "testing": "",
     "use_backend": "opkit.dispatch.preference",
@@ -100,7 +105,7 @@ def _built_in() -> None:
 
 
 def _plugins() -> None:
-    importlib.import_module("opkit.plugins").load()
+    importlib.import_module("opkit.plugins.loader").load_when_needed()
 
 
 _sources.install(_built_in, ops_only=True)

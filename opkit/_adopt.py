@@ -15,14 +15,15 @@ from typing import Any, cast
 
 import torch
 
-from opkit import _op, _registry, _torch
+from opkit import _make, _registry, _torch
 from opkit._declare import place
+from opkit._op import Op
 from opkit.dispatch import select
 from opkit.errors import DuplicateOpError, GradientError, OpNotFoundError, RegistrationError, did_you_mean
 from opkit.spec import text
 from opkit.spec.schema import Schema
 from opkit.transforms import gradient
-from opkit.transforms.formula import ReferenceFormula
+from opkit.transforms.recompute import ReferenceFormula
 
 _HOME = "opkit_adopted"  # the namespace of the overloads that carry kernels of adopted ops
 _KEPT = ("nondeterministic_seeded", "data_dependent_output", "dynamic_output_shape", "needs_exact_strides")
@@ -77,7 +78,7 @@ def adopting(name: str, frame: FrameType, *, override: bool = False) -> Adopted:
             )
         original = _find(name)
         schema = text.of_parsed(original._schema, "adopting")
-        made: Any = _op.make(
+        made: Any = _make.make(
             _named(schema, name),
             _calling(original, name, frame),
             kind=Adopted,
@@ -88,7 +89,7 @@ def adopting(name: str, frame: FrameType, *, override: bool = False) -> Adopted:
         return cast("Adopted", made)
 
 
-class Adopted(_op.Op[..., Any]):
+class Adopted(Op[..., Any]):
     """An Op over an operator that someone else defined. Made by `opkit.adopt`.
 
     Attributes:
@@ -156,7 +157,7 @@ class Adopted(_op.Op[..., Any]):
         _torch.override(self._theirs, name.split("::")[1], kernel, key)
         if _torch.is_composite(self.original) and not self._replaced:
             autograd = gradient.autograd_kernel(
-                schema, self.original, self._runner, lambda: self._formula,
+                schema, _torch.Overload(*name.split("::")), self._runner, lambda: self._formula,
                 lambda: self._tangents or self._formula.tangents, variant=False,
             )  # fmt: skip
             _torch.override(self._theirs, name.split("::")[1], autograd, "Autograd")

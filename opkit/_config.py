@@ -44,6 +44,32 @@ def _flag(variable: Variable, text: str) -> bool:
     )
 
 
+def _frozen(variable: Variable, text: str) -> str:
+    """Return `error`, `warn`, or nothing."""
+    word = text.strip().lower()
+    if word == "warn" or not word:
+        return word
+    if word in _TRUE or word in _FALSE:
+        return "error" if word in _TRUE else ""
+    raise ConfigError(
+        f"reading {variable.name}: found {text!r}; expected warn, or one of {', '.join(_TRUE + _FALSE)}. "
+        f"It says: {variable.meaning}. Unset it or use a legal value."
+    )
+
+
+_TWINS = ("auto", "0", "1")
+
+
+def _twin(variable: Variable, text: str) -> str:
+    word = text.strip().lower()
+    if word in _TWINS:
+        return word
+    raise ConfigError(
+        f"reading {variable.name}: found {text!r}; expected one of {', '.join(_TWINS)}. "
+        f"It says: {variable.meaning}. Unset it or use a legal value."
+    )
+
+
 def _folder(variable: Variable, text: str) -> Path:
     if text:  # absolute, or it would be another folder after os.chdir
         return Path(text).expanduser().absolute()
@@ -91,6 +117,18 @@ VARIABLES = {
             "0",
             "whether each call of an op compares what its kernel returned and wrote with what is declared",
             _flag,
+        ),
+        Variable(
+            "OPKIT_FROZEN",
+            "0",
+            "whether a call that was not prepared is an error, or with warn a warning",
+            _frozen,
+        ),
+        Variable(
+            "OPKIT_NATIVE",
+            "auto",
+            "whether the native core runs ops: as soon as it is built, never (0), or always (1: wait for it, or raise)",
+            _twin,
         ),
         Variable("OPKIT_AUTOLOAD", "all", "whether installed plugins are called on first need", _flag),
         Variable(

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from opkit import _op
-from opkit.errors import NoKernelError
+from opkit import _make
+from opkit._op import Op
+from opkit.errors import NoKernelError, SchemaError
 from opkit.spec import text
-from opkit.spec.schema import Schema
+from opkit.spec.schema import Schema, describe
 
 
 def declare(
     schema: str, *, shapes: str | None = None, tags: Sequence[torch.Tag] = (), **options: Any
-) -> _op.Op[..., Any]:
+) -> Op[..., Any]:
     """Define an op by its schema, without a reference.
 
     A call needs a kernel that takes it; without one it raises and says so. Everything else is as for `opkit.op`.
@@ -48,13 +49,19 @@ def declare(
         >>> triple(torch.ones(2))
         tensor([3., 3.])
     """
+    if callable(schema):
+        raise SchemaError(
+            f"declaring an op from {describe(schema)}: @opkit.declare was used as a decorator; expected the text of a "
+            "schema, as it is for ops without a Python reference. Write "
+            f'@opkit.op("mylib::{getattr(schema, "__name__", "my_op")}") to make an op of the function.'
+        )
     return declaring(schema, sys._getframe(1), shapes=shapes, tags=tags, **options)
 
 
-def declaring(schema: str, frame: FrameType, **options: Any) -> _op.Op[..., Any]:
+def declaring(schema: str, frame: FrameType, **options: Any) -> Op[..., Any]:
     """Do what `declare` does, for a caller in `frame`."""
     read = text.from_text(schema, "declaring")
-    return _op.make(read, _stand_in(read, frame), declared=True, **options)
+    return _make.make(read, _stand_in(read, frame), declared=True, **options)
 
 
 def place(function: Any, frame: FrameType, name: str, title: str, doc: str) -> None:

@@ -45,11 +45,20 @@ def get(name: str) -> Op[..., Any]:
         >>> opkit.get("opkit::rms_norm").name
         'opkit::rms_norm'
     """
+    return named(name, f"looking up {name}")
+
+
+def named(name: str, doing: str) -> Op[..., Any]:
+    """Return the op `namespace::name`; the text of an error begins with `doing`.
+
+    Raises:
+        OpNotFoundError, SchemaError: as `get` does.
+    """
     op = find(name)
     if op is None:
         known = list_ops()
         raise OpNotFoundError(
-            f"looking up {name}: no op has that name; defined are {', '.join(known) or 'none'}."
+            f"{doing}: no op has that name; defined are {', '.join(known) or 'none'}."
             f"{did_you_mean(name, known)} Import the module that defines it, or install its plugin.",
             op=name,
         )

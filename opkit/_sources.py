@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 _ops: list[Callable[[], None]] = []
 _kernels: list[Callable[[], None]] = []
+_listeners: list[Callable[[], None]] = []
 _running = 0  # sources being called now, on the one thread that holds the lock
 lock = threading.RLock()
 
@@ -22,6 +23,13 @@ def install(source: Callable[[], None], *, ops_only: bool = False) -> None:
         _ops.append(source)
         if not ops_only:
             _kernels.append(source)
+    for listener in _listeners:
+        listener()
+
+
+def listen(listener: Callable[[], None]) -> None:
+    """Call `listener` whenever a source is installed."""
+    _listeners.append(listener)
 
 
 def consult_for_ops() -> None:
@@ -32,15 +40,20 @@ def consult_for_ops() -> None:
 
 def consult_for_kernels() -> None:
     """Let every source that may have kernels register them."""
-    if _kernels or _running:
+    if waiting():
         _consult(_kernels)
 
 
-def _consult(waiting: list[Callable[[], None]]) -> None:
+def waiting() -> bool:
+    """Whether some source has not registered its kernels yet."""
+    return bool(_kernels or _running)
+
+
+def _consult(remaining: list[Callable[[], None]]) -> None:
     global _running
     with lock:  # re-entrant: a source may look up ops itself, and finds itself gone from the lists
-        while waiting:
-            source = waiting[0]
+        while remaining:
+            source = remaining[0]
             lists = [sources for sources in (_ops, _kernels) if source in sources]
             _running += 1  # before the lists are empty, so that another thread waits for the lock
             for sources in lists:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 after_autograd: Any = torch._C._after_autograd_keyset
 any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
+
+# Dispatch keys from their raw form (c10/core/DispatchKeySet.h).
+keyset: Callable[[int], Any] = torch._C.DispatchKeySet.from_raw_repr
 
 # What a node of a graph calls: an op, or one by its name alone.
 OpOverload = torch._ops.OpOverload
@@ -46,11 +50,11 @@ TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
 _STASHED = "opkit"
 
 
-def stash(value: Any) -> None:
+def stash(value: Any, key: str = _STASHED) -> None:
     """Keep `value` for this thread and for the autograd threads that work on its behalf."""
     if not _stash_takes_a_reference():
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
-    torch._C._stash_obj_in_tls(_STASHED, value)
+    torch._C._stash_obj_in_tls(key, value)
 
 
 @functools.cache
@@ -62,16 +66,16 @@ def _stash_takes_a_reference() -> bool:
     """
     probe = object()
     before = sys.getrefcount(probe)
-    torch._C._stash_obj_in_tls(_STASHED, probe)
+    torch._C._stash_obj_in_tls(f"{_STASHED}_probe", probe)
     if sys.getrefcount(probe) > before:
         return True
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
     return False
 
 
-def stashed() -> Any:
+def stashed(key: str = _STASHED) -> Any:
     """Return what `stash` kept, or None."""
-    return torch._C._get_obj_in_tls(_STASHED) if torch._C._is_key_in_tls(_STASHED) else None
+    return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
 
 
 # What Dynamo keeps of one attempt at tracing a function; it starts anew after a graph break, so
@@ -100,17 +104,41 @@ def in_subgraph() -> bool:
     return not InstructionTranslator.current_tx().output.is_root_tracer()
 
 
+def define(library: torch.library.Library, declaration: str, tags: Sequence[torch.Tag]) -> None:
+    """Define an overload in `library`; RuntimeError where torch refuses it.
+
+    `Library.define` first asks torch.ops for an op of the name, and that there is none takes it as long as the
+    definition (torch/library.py). Where there is one, or a tag that torch may want to check, it is left to it.
+    """
+    name = declaration.partition("(")[0]
+    # Made before the op is there, torch's entry for it need not look at a schema for objects of TorchScript.
+    torch._library.simple_registry.singleton.find(f"{library.ns}::{name}")
+    if len(tags) > 1 or name.partition(".")[0] in vars(getattr(torch.ops, library.ns)):
+        library.define(declaration, tags=tags)
+        return
+    assert library.m is not None  # it is, until `destroy`
+    library.m.define(declaration, "", tuple(tags))
+    qualified = f"{library.ns}::{name}"
+    library._op_defs.add(qualified)
+    torch.library._defs.add(qualified)
+
+
 def register_meta(
     library: torch.library.Library, name: str, function: Callable[..., Any], source: str
 ) -> None:
     """Register the meta function of an op defined in `library`.
 
-    `Library._register_fake` looks up the source text of its caller, which takes 0.45 ms per op;
-    opkit knows the source already (torch/_library/fake_impl.py, FakeImplHolder.register).
+    `Library._register_fake` looks up the source text of its caller, which takes 0.45 ms per op; opkit knows the
+    source already. And nothing is there that this could override (torch/_library/fake_impl.py, register).
     """
-    entry = torch._library.simple_registry.singleton.find(f"{library.ns}::{name}")
-    handle = entry.fake_impl.register(function, source, lib=library)
+    qualified = f"{library.ns}::{name}"
+    fake = torch._library.simple_registry.singleton.find(qualified).fake_impl
+    kernel = torch._library.utils.Kernel(function, source)
+    fake.kernels.append(kernel)
+    handle = torch._library.utils.RegistrationHandle(lambda: fake.kernels.remove(kernel))
     library._registration_handles.append(handle)
+    on_meta = torch._library.fake_impl.construct_meta_kernel(qualified, fake)
+    implement(library, name, on_meta, "Meta", with_keyset=False)
 
 
 def register_effect(library: torch.library.Library, name: str) -> None:
@@ -190,6 +218,8 @@ def has_tangent(tensor: Tensor) -> bool:
 
 def tangent(tensor: Tensor) -> Tensor | None:
     """Return the tangent that `tensor` carries. There is one level, whatever forward_ad knows of it."""
+    if tensor.layout is not torch.strided and tensor.layout is not torch.jagged:
+        return None  # torch cannot give a sparse tensor one, and raises where it is asked
     found: Tensor | None = torch._VF._unpack_dual(tensor, level=0)[1]
     return found
 
@@ -278,8 +308,8 @@ class Straight:
     the dispatcher is asked once per kind of call, and torch's list of later registrations from Python every time.
     """
 
-    def __init__(self, overload: Any) -> None:
-        self._name = overload.name()
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._known: dict[int, bool] = {}
         # torch/library.py notes every Library.impl there, as namespace/op/key.
         qualified = self._name.replace("::", "/")
@@ -296,6 +326,37 @@ class Straight:
             has = torch._C._dispatch_has_kernel_for_dispatch_key
             known = self._known[kind] = plain and not has(self._name, highest)
         return known and self._cpu not in self._impls and self._cuda not in self._impls
+
+
+def find_overload(namespace: str, name: str) -> Any:
+    """Return the overload `name` of a namespace, such as `add` or `add.out`, as `torch.ops` has it."""
+    base, _, overload = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
+
+
+_finding = threading.Lock()
+
+
+class Overload:
+    """An overload in `torch.ops`, found when it is first asked for.
+
+    Until then torch need not make the objects that stand for it, which takes twice as long as to define it
+    (torch/_ops.py); of a library with hundreds of ops a program calls few.
+    """
+
+    __slots__ = ("_found", "_names", "qualified")
+
+    def __init__(self, namespace: str, name: str) -> None:
+        self.qualified = f"{namespace}::{name}"
+        self._names = namespace, name
+        self._found: Any = None
+
+    def __call__(self) -> Any:
+        """Return what `torch.ops` has."""
+        if self._found is None:
+            with _finding:  # two threads would make two of it
+                self._found = find_overload(*self._names)
+        return self._found
 
 
 def overload(name: str) -> Callable[..., Any]:
@@ -425,7 +486,7 @@ def is_plain(values: Sequence[Any]) -> bool:
 
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured, which takes in whatever runs."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 # ---------------------------------------------------------------- torch.autocast

@@ -97,3 +97,15 @@ def functional_call(overload: Any, arguments: dict[str, Any]) -> Any:
     from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
     return auto_functionalized(overload, **arguments)
+
+
+def outside_compiled_autograd(function: Callable[..., Any], *given: Any) -> Any:
+    """Call a function from a node that compiled autograd is tracing, where it may differentiate something itself.
+
+    What it does is traced all the same. torch's own Python nodes are traced by Dynamo, which sees nothing of this
+    (torch/_dynamo/compiled_autograd.py; the context manager is what its error text names).
+    """
+    from torch._dynamo.compiled_autograd import _disable
+
+    with _disable():
+        return function(*given)

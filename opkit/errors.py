@@ -16,6 +16,7 @@ Each class also derives from the builtin that a caller would catch:
     ├── NoKernelError(NotImplementedError)  no kernel of the op can take this call
     ├── GradientError(RuntimeError)       differentiating the op is impossible or its formula is wrong
     ├── VmapError(RuntimeError)           torch.vmap of the op is impossible or its rule is wrong
+    ├── FrozenError(RuntimeError)         a call would build, load or select what was not prepared
     ├── BuildError(RuntimeError)          native code did not compile or load
     └── ConfigError(ValueError)           an environment variable has a value opkit does not know
 
@@ -94,6 +95,21 @@ class GradientError(OpkitError, RuntimeError):
 
 class VmapError(OpkitError, RuntimeError):
     """You mapped an op in a way that cannot be right, or its vmap rule does not fit it."""
+
+
+class FrozenError(OpkitError, RuntimeError):
+    """You made a call that was not prepared, after `opkit.freeze()` or while a CUDA graph is captured.
+
+    `would` says what it would do: `build`, `load`, `load a plugin` or `select`; `prepare` is the line of code that
+    prepares for it, None where no call is concerned.
+    """
+
+    def __init__(
+        self, message: str, *, op: str | None = None, would: str = "", prepare: str | None = None
+    ) -> None:
+        super().__init__(message, op=op)
+        self.would = would
+        self.prepare = prepare
 
 
 @dataclass(frozen=True)

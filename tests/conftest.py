@@ -9,7 +9,17 @@ import sys
 import pytest
 
 from opkit import _config, _registry
-from opkit.dispatch import preference, select
+from opkit.dispatch import native, preference, select
+
+
+def pytest_configure(config):
+    """Decide which twin runs ops: Python, or with OPKIT_NATIVE=1 the native core, which is built first."""
+    os.environ.setdefault("OPKIT_NATIVE", "0")
+    native.need()
+
+
+def pytest_report_header(config):
+    return f"opkit: ops run by {'Python' if native.core() is None else 'the native core'}"
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +34,9 @@ def clean_environment(monkeypatch, session_cache):
     for name in [name for name in os.environ if name.startswith("OPKIT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OPKIT_CACHE_DIR", str(session_cache))
+    monkeypatch.setenv(
+        "OPKIT_NATIVE", "0"
+    )  # processes that a test starts build no core; this one has decided
     _config.refresh()
     preference.refresh()
     yield

@@ -107,3 +107,23 @@ def test_schema_that_no_op_can_have_is_refused(schema):
 def test_shape_line_must_fit():
     with pytest.raises(opkit.ShapeError, match="2 entries for inputs"):
         opkit.declare("t::f(Tensor x) -> Tensor", shapes="n, n -> n")
+
+
+def test_declare_as_a_decorator_says_what_to_write():
+    with pytest.raises(
+        opkit.SchemaError,
+        match=r"declaring an op from .*triple \(.*test_declare.py:\d+\): @opkit.declare was used as a decorator; "
+        r'expected the text of a schema.* Write @opkit.op\("mylib::triple"\)',
+    ):
+
+        @opkit.declare
+        def triple(x: torch.Tensor) -> torch.Tensor:
+            return 3 * x
+
+    with pytest.raises(
+        opkit.ArgumentError, match="argument x is <function .*; expected a Tensor.*decorate it with @opkit.op"
+    ):
+
+        @opkit.declare("t::triple(Tensor x) -> Tensor")
+        def triple(x: torch.Tensor) -> torch.Tensor:
+            return 3 * x

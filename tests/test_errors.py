@@ -14,7 +14,7 @@ TREE = {
     "DuplicateOpError": ValueError, "OpNotFoundError": KeyError, "RegistrationError": ValueError,
     "BackendError": LookupError,
     "NoKernelError": NotImplementedError, "GradientError": RuntimeError, "BuildError": RuntimeError,
-    "DeviceError": RuntimeError, "ConfigError": ValueError, "VmapError": RuntimeError,
+    "FrozenError": RuntimeError, "DeviceError": RuntimeError, "ConfigError": ValueError, "VmapError": RuntimeError,
 }  # fmt: skip
 
 

@@ -112,9 +112,11 @@ def test_unknown_name_raises_attribute_error():
 # ---------------------------------------------------------------- arrows point down
 
 RANKS = (
-    ("__main__",), ("cli",), ("plugins",), ("bench", "testing"), ("_adopt",), ("_declare",), ("_op",), ("_registry",),
+    ("__main__",), ("cli",), ("plugins",), ("bench", "testing"),
+    ("_prepare",), ("_adopt",), ("_declare",), ("_make",), ("_op",),
+    ("_kernels",), ("_compiled", "_inline"), ("_registry",),
     ("transforms",), ("dispatch",), ("cpp",),
-    ("spec",), ("_torch", "_torch_build", "_torch_compile"), ("_sources",), ("errors", "_config"),
+    ("spec",), ("_frozen",), ("_torch", "_torch_build", "_torch_compile"), ("_sources",), ("errors", "_config"),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 RANK["_config"] = RANK["errors"] - 0.5  # it raises ConfigError

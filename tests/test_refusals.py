@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
@@ -112,11 +113,15 @@ def test_broken_meta_function_is_reported_in_eager(op):
         op(T, T[0])
 
 
-def test_sparse_tensor_for_a_native_kernel_is_refused(op):
+@pytest.mark.parametrize("forward_mode", [False, True], ids=["plain", "in forward mode"])
+def test_sparse_tensor_for_a_native_kernel_is_refused(op, forward_mode):
     source = "#include <opkit/kernel.h>\nvoid scale(opkit::Tensor, opkit::Tensor, opkit::Tensor) {}"
     op.register_kernel("cpu", opkit.cpp.kernel(source))
-    with pytest.raises(opkit.NoKernelError, match="argument x has the layout torch.sparse_coo.*x.to_dense"):
-        op(T.to_sparse(), T[0])
+    with torch.autograd.forward_ad.dual_level() if forward_mode else contextlib.nullcontext():
+        with pytest.raises(
+            opkit.NoKernelError, match="argument x has the layout torch.sparse_coo.*x.to_dense"
+        ):
+            op(T.to_sparse(), T[0])
 
 
 @pytest.mark.parametrize("names", [(["cpp"],), ()], ids=["a list", "none"])

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import gc
 import importlib
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import decomposition
+from torch.utils import flop_counter
 
 import opkit
 from opkit import _registry
@@ -143,7 +146,7 @@ def test_function_that_makes_ops_under_one_name_is_refused():
     ("option", "error"),
     [
         ({"inline": True}, opkit.RegistrationError),
-        ({"effects": True}, opkit.SchemaError),
+        ({"effects": True}, opkit.RegistrationError),
         ({"layout": "dense"}, opkit.SchemaError),
         ({"flops": lambda: 0}, opkit.RegistrationError),
     ],
@@ -234,16 +237,24 @@ def books() -> dict[str, set[str]]:
     registered = torch._library.simple_registry.singleton._data
     return {
         "dispatcher": {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("t::")},
-        "torch.ops": {n for n in vars(torch.ops.t) if n in ("left", "pair")},
+        "torch.ops": {n for n in vars(torch.ops.t) if n in ("left", "pair", "log")},
         "definitions": {n for n in torch.library._defs if n.startswith("t::")},
         "kernels": {n for n in torch.library._impls if n.startswith("t/")},
         "signatures": {n for n in signatures if n.startswith("t::")},
         "meta functions": {n for n, e in registered.items() if n.startswith("t::") and e.fake_impl.kernel},
+        "effects": {n for n, e in registered.items() if n.startswith("t::") and e.effect.effect},
+        "decompositions": {
+            str(overload)
+            for table in (decomposition.decompositions, decomposition.fast_random_decomps())
+            for overload in table
+            if str(overload).startswith("t.")
+        },
+        "flops": {str(packet) for packet in flop_counter.flop_registry if str(packet).startswith("t.")},
     }
 
 
 def test_removed_op_leaves_nothing_behind_in_torch():
-    @opkit.op("t::left", shapes="n -> n")
+    @opkit.op("t::left", shapes="*b n -> *b n", inline=True, flops=lambda x: 1)
     def left(x: Tensor) -> Tensor:
         return x + 1
 
@@ -251,15 +262,26 @@ def test_removed_op_leaves_nothing_behind_in_torch():
     def pair(x: Tensor, y: Tensor) -> None:
         y.copy_(x)
 
+    @opkit.op("t::log", shapes="n -> ", effects=True)
+    def log(x: Tensor) -> None: ...
+
     left.register_autograd(opkit.from_reference)
+    left.register_jvp(opkit.from_reference)
+    left.register_vmap("expand")
+    left.register_autocast("cpu", torch.bfloat16)
     left.register_kernel("cpu", lambda x: x + 1)
+    left.register_kernel("cpu", lambda x: x.add_(1), backend="fast", inplace=["x"])
+    left.maybe_inplace(T.clone())
+    left.into(T.clone(), T)
+    pair.functional(T, T.clone())
     with opkit.use_backend("python"):
-        torch.compile(lambda x: left(x), fullgraph=True, backend="aot_eager")(T)
+        torch.compile(lambda x: left(x), fullgraph=True, backend="inductor")(T)
     torch.library.opcheck(left.overload, (T,))
     full = books()
     assert all("t::left" in full[name] for name in ("dispatcher", "definitions", "meta functions"))
-    _registry.remove("t::left")
-    _registry.remove("t::pair")
+    assert all(full.values())
+    for name in ("t::left", "t::pair", "t::log"):
+        _registry.remove(name)
     assert books() == {name: set() for name in full}
     assert not [name for name in opkit.list_ops() if name.startswith("t::")]
 
@@ -290,6 +312,15 @@ def test_state_dict_of_a_module_that_holds_an_op_loads_with_weights_only(tmp_pat
     torch.save(layer.state_dict(), tmp_path / "state.pt")
     layer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert layer.op is op
+
+
+def test_saved_module_that_holds_an_op_is_loaded_in_full_or_refused_by_torch(tmp_path):
+    """`weights_only=True` takes no functions: an op is one."""
+    op = opkit.get("opkit::rms_norm")
+    torch.save({"op": op, "weight": T}, tmp_path / "all.pt")
+    assert torch.load(tmp_path / "all.pt", weights_only=False)["op"] is op
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "all.pt", weights_only=True)
 
 
 def test_spawned_worker_has_the_ops_of_the_script(tmp_path):

@@ -108,6 +108,15 @@ def total(value: Any) -> Any:
     return 2.0
 
 
+def with_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    """Return a value with the given tensors, in order, in the place of its own."""
+    if isinstance(value, Tensor):
+        return tensors.pop(0)
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_tensors(v, tensors) for v in value)
+    return value
+
+
 @dataclass
 class Case:
     annotation: Any
@@ -320,11 +329,14 @@ def test_argument_of_every_type(case: Case, keyword: bool):
         assert is_right(torch.compile(call, fullgraph=True, backend="aot_eager"))
         assert is_right(exported(call, (x,), saved=case.saved))
         torch.library.opcheck(op.overload, args, kwargs, test_utils=case.checked)
+        leaf = x.detach().clone().requires_grad_()  # with a gradient to trace, and one to give to each tensor
+        torch.library.opcheck(op.overload, (leaf, *args[1:]), kwargs, test_utils=case.checked)
     if case.default is not ...:
         default = op.reference(x)
         assert torch.equal(op(x), default)
         assert torch.equal(torch.compile(lambda x: op(x), fullgraph=True, backend="aot_eager")(x), default)
-    check_gradients(call, x)
+    tensors = [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, Tensor)]
+    check_gradients(lambda x, *given: op(x, a=with_tensors(value, list(given))), x, *tensors)
 
 
 @pytest.mark.parametrize(("annotation", "make"), RESULTS.values(), ids=list(RESULTS))
@@ -357,6 +369,7 @@ def test_result_of_every_form(annotation, make):
         assert found_spec == spec
         assert all(map(is_same, found_leaves, leaves))
     torch.library.opcheck(op.overload, (x,))
+    torch.library.opcheck(op.overload, (x.clone().requires_grad_(),))
 
     def differentiable(x: Tensor) -> tuple[Tensor, ...]:
         outputs = torch.utils._pytree.tree_leaves(op(x))
@@ -398,6 +411,54 @@ def test_result_of_the_form_goes_through_inductor(name):
     assert type(found) is type(wanted)
     pairs = zip(*(torch.utils._pytree.tree_leaves(v) for v in (found, wanted)), strict=True)
     assert all(is_same(one, other) for one, other in pairs)
+
+
+# ---------------------------------------------------------------- generators
+
+
+@pytest.fixture
+def noise():
+    @opkit.op("t::noise", shapes="n -> n", tags=[torch.Tag.nondeterministic_seeded])
+    def noise(x: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
+        return x + torch.rand(x.shape, generator=generator)
+
+    return noise
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def test_generator_is_drawn_from_and_moves_on(noise):
+    x = torch.zeros(3)
+    generator, twin = seeded(), seeded()
+    assert torch.equal(noise(x, generator), torch.rand(3, generator=twin))
+    assert torch.equal(noise(x, generator=generator), torch.rand(3, generator=twin))
+    noise.register_kernel("cpu", lambda x, generator: x + torch.rand(3, generator=generator))
+    assert torch.equal(noise(x, generator), torch.rand(3, generator=twin))
+    torch.library.opcheck(
+        noise.overload, (x, seeded()), test_utils=("test_autograd_registration", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("given", ["argument", "closure"])
+def test_generator_is_refused_in_one_graph_and_breaks_several(noise, given):
+    """Dynamo puts no generator into a graph: pytorch#88576, #92633."""
+    x, generator = torch.zeros(3), seeded()
+    call = (
+        (lambda x, g: noise(x * 1, g) + 0)
+        if given == "argument"
+        else lambda x, _: noise(x * 1, generator) + 0
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Generator"):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(x, generator)
+    torch._dynamo.reset()
+    broken = torch.compile(call, backend="aot_eager")
+    twin = seeded()
+    for _ in range(2):
+        assert torch.equal(broken(x, generator), torch.rand(3, generator=twin))
+    absent = torch.compile(lambda x: noise(x * 1) * 1, fullgraph=True, backend="aot_eager")
+    assert ((absent(x) >= 0) & (absent(x) < 1)).all()
 
 
 # ---------------------------------------------------------------- results that are numbers

@@ -7,6 +7,9 @@ import enum
 import importlib
 import inspect
 import io
+import os
+import subprocess
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +21,8 @@ from torch import Tensor
 
 import opkit
 from opkit import _config
+from opkit.cpp import compilers
+from opkit.dispatch import preference
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -752,3 +757,204 @@ def test_vllm_40628_kernel_that_is_not_batch_invariant_is_not_taken_where_that_i
         assert norm.explain(x).selected == "row"
         assert torch.equal(norm(x), one_by_one(x))
         assert torch.equal(norm(x)[:1], norm(x[:1]))
+
+
+def test_vllm_33825_and_liger_1416_backends_of_one_op_are_chosen_by_what_they_can_do(monkeypatch):
+    @opkit.op("t::gelu", shapes="*b n -> *b n")
+    def gelu(x: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(x)
+
+    taken = []
+
+    def register(backend, **options):
+        gelu.register_kernel(
+            "cpu", lambda x: taken.append(backend) or gelu.reference(x), backend=backend, **options
+        )
+
+    register("tiled", priority=9, when=lambda x: x.shape[-1] % 8 == 0 or "needs n % 8 == 0")
+    register("half", priority=5, dtypes=[torch.bfloat16])
+    register("any")
+    small, large = torch.ones(3), torch.ones(8)
+    for x in (large, small, small.bfloat16()):
+        gelu(x)
+    assert taken == ["tiled", "any", "half"]
+    assert "needs n % 8 == 0" in str(gelu.explain(small))
+    monkeypatch.setenv("OPKIT_BACKEND", "half,any")
+    _config.refresh()
+    preference.refresh()
+    gelu(large)
+    assert taken.pop() == "any"
+    with (
+        opkit.use_backend("half", strict=True),
+        pytest.raises(opkit.NoKernelError, match="needs bfloat16|dtype"),
+    ):
+        gelu(large)
+    with (
+        pytest.raises(opkit.BackendError, match="any, .*half, .*Did you mean 'tiled'"),
+        opkit.use_backend("tilde"),
+    ):
+        gelu(large)
+
+
+def test_helion_1346_op_is_fused_with_what_is_before_and_behind_it():
+    def scale(x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+    x = torch.linspace(-1, 1, 8)
+    fused = opkit.op("t::fused", shapes="*b -> *b", inline=True)(scale)
+    opaque = opkit.op("t::opaque", shapes="*b -> *b")(scale)
+    found = [code_of(lambda x, op=op: op(x + 1) * 2, x) for op in (fused, opaque)]
+    assert [("torch.ops.t." in code, code.count("cpp_fused")) for code in found] == [(False, 1), (True, 2)]
+
+
+# ---------------------------------------------------------------- export, CUDA graphs, several packages
+
+
+class Gated(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(torch.ops.t.gate(x)) * 2
+
+
+@pytest.fixture
+def gate():
+    @opkit.op("t::gate", shapes="n -> n")
+    def gate(x: Tensor) -> Tensor:
+        return x + 1
+
+    return gate
+
+
+def loaded_elsewhere(path, *imports):
+    """Run a package of AOTInductor in a process that has imported only what is named."""
+    code = f"import torch, {', '.join(['sys', *imports])}\n" + (
+        f"found = torch._inductor.aoti_load_package({str(path)!r})(torch.tensor([-2.0, 3.0]))\n"
+        "print(found.tolist(), 'opkit' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path.parent), *sys.path])}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+needs_compiler = pytest.mark.skipif(compilers.find_cxx() is None, reason="AOTInductor needs a C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_pytorch_143786_program_with_an_op_runs_without_python_code_of_it(gate, tmp_path):
+    """By the reference, of which nothing but torch's own operations is left."""
+    program = torch.export.export(Gated(), (torch.ones(2),)).run_decompositions(opkit.decompositions())
+    path = tmp_path / "gated.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    run = loaded_elsewhere(path)
+    assert run.stdout.splitlines()[-1:] == ["[0.0, 8.0] False"], run.stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_pytorch_145394_packaged_program_calls_the_op_of_whoever_loads_it(gate, tmp_path):
+    path = tmp_path / "gated.pt2"
+    torch._inductor.aoti_compile_and_package(
+        torch.export.export(Gated(), (torch.ones(2),)), package_path=str(path)
+    )
+    (tmp_path / "opkit_gate.py").write_text("""
+import opkit, torch
+@opkit.op("t::gate", shapes="n -> n")
+def gate(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+""")
+    run = loaded_elsewhere(path, "opkit_gate")
+    assert run.stdout.splitlines()[-1:] == ["[0.0, 8.0] True"], run.stderr
+    run = loaded_elsewhere(path)
+    assert "Could not find schema for t::gate" in run.stderr
+
+
+@pytest.mark.parametrize("tags", [(), (torch.Tag.cudagraph_unsafe,)], ids=["safe", "unsafe"])
+def test_pytorch_149782_op_that_a_cuda_graph_cannot_hold_is_told_to_inductor(tags):
+    decides = getattr(importlib.import_module("torch._inductor.utils"), "is_cudagraph_unsafe_fx_node", None)
+    if decides is None:
+        pytest.skip("this torch decides by another function")
+
+    @opkit.op("t::f", shapes="n -> n", tags=tags)
+    def f(x: Tensor) -> Tensor:
+        return x + 1
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: f(x))(torch.ones(2)).graph
+    (node,) = (n for n in graph.nodes if n.target is f.overload)
+    assert decides(node) == bool(tags)
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["two ops", "one op"])
+def test_kernel_builder_11_vllm_ascend_1239_metatensor_871_packages_share_a_namespace(
+    tmp_path, monkeypatch, same
+):
+    names = ("one", "one" if same else "two")
+    packages = [f"opkit_{which}_{same}" for which in ("first", "second")]
+    for package, name in zip(packages, names, strict=True):
+        (tmp_path / f"{package}.py").write_text(f"""
+import opkit, torch
+@opkit.op("t::{name}", shapes="n -> n")
+def {name}(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    first = importlib.import_module(packages[0])
+    if same:
+        text = r"declaring t::one: found two definitions, one \(.*first_True.py:3\) and one \(.*second_True.py:3\)"
+        with pytest.raises(opkit.DuplicateOpError, match=text):
+            importlib.import_module(packages[1])
+    else:
+        assert importlib.import_module(packages[1]).two(torch.ones(1)).tolist() == [2]
+    assert first.one(torch.ones(1)).tolist() == [2]
+
+
+# ---------------------------------------------------------------- traps without an issue of their own
+
+
+def test_int_argument_compiles_once_for_all_values():
+    """`int k` in a schema would compile anew for each."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    @opkit.op("t::repeat", shapes="n -> n*k")
+    def repeat(x: Tensor, k: int) -> Tensor:
+        return x.repeat(k)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(lambda x, k: repeat(x, k) + 1, fullgraph=True, dynamic=True, backend=counter)
+    for k in (2, 3, 7):
+        assert torch.equal(run(torch.ones(3), k), torch.full((3 * k,), 2.0))
+    assert counter.frame_count == 1
+
+
+def test_setup_context_has_one_form_whatever_is_keyword_only():
+    """torch passes `(ctx, inputs, keyword_only_inputs, output)` where an argument is keyword-only."""
+    seen = []
+
+    @opkit.op("t::scale", shapes="n -> n")
+    def scale(x: Tensor, k: float = 2.0, *, p: int = 3, mode: str = "a") -> Tensor:
+        return x * k * p
+
+    scale.register_autograd(
+        lambda ctx, grad: (grad * 6, None, None, None),
+        setup_context=lambda ctx, inputs, output: seen.append((inputs[1:], type(output))),
+    )
+    x = torch.ones(2, requires_grad=True)
+    scale(x, mode="b").sum().backward()
+    assert (x.grad.tolist(), seen) == ([6, 6], [((2.0, 3, "b"), Tensor)])
+
+
+def test_result_that_is_the_mutated_argument_is_refused():
+    """Under torch's Tag.inplace, autograd misses what is done to such a result afterwards."""
+    with pytest.raises(
+        opkit.SchemaError, match=r"its result out is Tensor\(a!\), which shares storage with an argument"
+    ):
+        opkit.declare("t::triple_(Tensor(a!) x) -> Tensor(a!)")
+
+    @opkit.op("t::triple_", shapes="n -> n", mutates_args=["x"])
+    def triple_(x: Tensor) -> Tensor:
+        return x.mul_(3)
+
+    with pytest.raises(
+        opkit.OutputError, match="returned as out a tensor that shares storage with argument x"
+    ):
+        triple_(torch.ones(2))
+    with pytest.raises(opkit.GradientError, match="argument x requires grad and is overwritten"):
+        triple_(torch.ones(2, requires_grad=True) * 1)

@@ -14,9 +14,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from opkit import _frozen
 from opkit.errors import OpkitError
 
-_COMMANDS = ("build", "cache")
+_COMMANDS = ("build", "cache", "prepare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     try:
         arguments = parser.parse_args(argv)
-        code: int = arguments.run(arguments)
+        with _frozen.thawed():  # OPKIT_FROZEN is about the processes after this one
+            code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # argparse: help was printed, or the usage was wrong

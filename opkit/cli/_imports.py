@@ -47,6 +47,11 @@ def run(names: Sequence[str]) -> None:
             ) from error
 
 
+def module_name(name: str) -> str:
+    """Return the name in `sys.modules` of what `run` imported."""
+    return Path(name).stem if name.endswith(".py") else name
+
+
 def _run(name: str) -> None:
     path = Path(name)
     if path.suffix != ".py":

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--headers", action="store_true", help="precompile torch's headers, which extensions include"
     )
+    parser.add_argument(
+        "--native", action="store_true", help="the native core, which makes calls of every op cheap"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
 
 
@@ -43,8 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
         from opkit.cpp import _pch
 
         _pch.prepare()
-        if not (arguments.ops or arguments.imports):
-            return 0
+    if arguments.native:
+        from opkit.dispatch import native
+
+        print(f"native core: {native.build()}", file=sys.stderr if arguments.json else sys.stdout)
+    if (arguments.headers or arguments.native) and not (arguments.ops or arguments.imports):
+        return 0
     kernels = _kernels(arguments)
     if arguments.compdb is not None:
         return _write_commands(kernels, Path(arguments.compdb))

@@ -113,6 +113,11 @@ def say(line: str) -> None:
             print(line, file=stream, flush=True)
 
 
+def speaks() -> bool:
+    """Whether this process is the one of its job that speaks."""
+    return _stream() is not None
+
+
 def _stream() -> TextIO | None:
     """Return stderr in the first rank of a job; it is None under pythonw, too."""
     first = all(os.environ.get(name, "").strip() in ("", "0") for name in _RANKS)

@@ -154,8 +154,10 @@ def obtain(key: Callable[[], str], *, label: str, build: Callable[[Workspace], P
     name = f"{prefix}-{key()}"
     if library := _find(name, doing):
         return library
-    from opkit.cpp import _turn, tidy  # a hit needs neither
+    from opkit import _frozen
+    from opkit.cpp import _turn, tidy  # a hit needs none of these
 
+    _frozen.refuse_build(label)
     seen: dict[str, int] = {}
     for _ in range(_ATTEMPTS):
         folder = _roots.make(doing)
@@ -175,6 +177,8 @@ def obtain(key: Callable[[], str], *, label: str, build: Callable[[Workspace], P
                 turn.failed(error)
                 raise
         if library:
+            if (events := _frozen.events()) is not None:
+                events.append(_frozen.Event("built", label, ""))
             with contextlib.suppress(OSError):  # what was built is there all the same
                 tidy.evict(folder, _config.get("OPKIT_CACHE_LIMIT"), f"{name}/{library.parent.name}")
             return library

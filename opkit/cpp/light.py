@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from opkit.cpp import _arguments, _aten, _boxed, _glue, _includes, compilers, nvrtc, prebuilt
+from opkit.cpp import _arguments, _aten, _boxed, _glue, _includes, cache, compilers, nvrtc, prebuilt
 from opkit.cpp import tier as tiers
 from opkit.cpp import toolchain as toolchains
 from opkit.cpp._native import Loaded, register
@@ -143,6 +143,12 @@ class Source:
     def build(self, schema: Schema, plan: Plan | None, backend: str) -> Path:
         """Compile the kernel with its glue for an op, and return the library's path."""
         return self._library(self.job(schema, plan, backend), schema)
+
+    def find(self, schema: Schema, plan: Plan | None, backend: str) -> Path | None:
+        """Return the library if it need not be built: the package's own, or one in a cache."""
+        job = self.job(schema, plan, backend)
+        carried = job.prebuilt() if isinstance(job, Job) else None
+        return carried or cache.find(f"{cache.slug(job.label)}-{job.key()}")
 
     def _library(self, job: Job | _aten.Job, schema: Schema) -> Path:
         try:

@@ -42,8 +42,8 @@ class Meta:
         self._call = self.schema.adapt(function)
         self._remembered.clear()
 
-    def trace(self, values: Sequence[Any]) -> Any:
-        """Return empty outputs for fake or meta tensors, in the form torch expects."""
+    def check_traceable(self) -> None:
+        """Raise RegistrationError where nothing can say what the outputs are without running a kernel."""
         late = next((r for r in self.schema.results if r.is_known_late), None)
         if late is not None:
             raise RegistrationError(
@@ -52,6 +52,12 @@ class Meta:
                 "function (torch.compiler.disable), or return a Tensor of no dimensions.",
                 op=self.schema.name,
             )
+        if self.function is None:
+            self._check_described()
+
+    def trace(self, values: Sequence[Any]) -> Any:
+        """Return empty outputs for fake or meta tensors, in the form torch expects."""
+        self.check_traceable()
         return self._describe(values)
 
     def _describe(self, values: Sequence[Any]) -> Any:
@@ -60,20 +66,9 @@ class Meta:
         if self.function is not None:
             args, kwargs = schema.split(values)
             return schema.raw(schema.flatten(self._call(*args, **kwargs)))
+        self._check_described()
         if not schema.results:
             return None
-        if self.plan is None:
-            raise RegistrationError(
-                f"tracing {schema.name}: nothing says the shapes of its outputs; expected a shape line or a meta "
-                "function. Declare it with shapes=, or register one with register_fake.",
-                op=schema.name,
-            )
-        if self.plan.missing is not None:
-            raise RegistrationError(
-                f"tracing {schema.name}: its shape line '{self.plan.line}' does not describe all results: "
-                f"{self.plan.missing}; expected a meta function that does. Register one with register_fake.",
-                op=schema.name,
-            )
         made: dict[str, Any] = {}
         outputs: list[Any] = []
         for result, meta in zip(schema.results, metas, strict=True):
@@ -82,6 +77,35 @@ class Meta:
             else:
                 outputs.append(self._empty(meta, result.name, device, made))
         return schema.raw(outputs)
+
+    def _check_described(self) -> None:
+        schema, plan = self.schema, self.plan
+        if not schema.results or (plan is not None and plan.missing is None):
+            return
+        number = any(r.is_number for r in schema.results)
+        types = ", ".join(str(r.type) for r in schema.results)
+        advice = "Register one with register_fake" + (
+            "; an int that depends on data is torch.library.get_ctx().new_dynamic_size() there."
+            if number
+            else "."
+        )
+        if plan is not None:
+            raise RegistrationError(
+                f"tracing {schema.name}: its shape line '{plan.line}' does not describe all results: "
+                f"{plan.missing}; expected a meta function that does. {advice}",
+                op=schema.name,
+            )
+        if number:
+            raise RegistrationError(
+                f"tracing {schema.name}: nothing says what its results ({types}) are; expected a meta function. "
+                f"{advice}",
+                op=schema.name,
+            )
+        raise RegistrationError(
+            f"tracing {schema.name}: nothing says the shapes of its outputs; expected a shape line or a meta "
+            "function. Declare it with shapes=, or register one with register_fake.",
+            op=schema.name,
+        )
 
     def _empty(
         self, meta: OutputMeta, output: str, device: torch.device | None, made: dict[str, Any]

@@ -15,6 +15,7 @@ import torch
 
 from opkit import _config, _torch
 from opkit import _sources as sources
+from opkit.dispatch import native
 from opkit.errors import BackendError, ConfigError, OpkitError, did_you_mean
 
 BUILT_IN = ("reference", "python", "cpp", "cuda")
@@ -70,6 +71,11 @@ _traced: list[Preference] = []
 # The same for contexts inside of a checkpointed function, where Dynamo refuses a list that changes, and of an
 # exported one, where it warns of it: it calls the functions over this one as it traces, not tracing into them.
 _traced_inside: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+
+
+def is_used() -> bool:
+    """Whether some thread has ever entered a context."""
+    return _used
 
 
 def know(backend: str) -> None:
@@ -169,6 +175,7 @@ def refresh() -> None:
     """Read OPKIT_BACKEND anew at the next call."""
     global _environment
     _environment = None
+    native.choose_anew()
 
 
 def check_known(names: tuple[str, ...]) -> None:
@@ -204,7 +211,9 @@ class Context:
             check_properties(self._change.required, "choosing kernels", BackendError)
         self._before.append(_torch.stashed())
         _torch.stash(self._change.over(current()))
-        _used = True
+        if not _used:
+            _used = True
+            native.expect_preferences()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 
 from opkit.cpp.light import Bound, Source
+from opkit.dispatch import frozen, outputs, preference, select
 from opkit.dispatch import inplace as inplaces
-from opkit.dispatch import outputs, preference, select
 from opkit.dispatch.inplace import Inplace
 from opkit.dispatch.meta import Meta
 from opkit.dispatch.table import Kernel, KernelTable
@@ -26,6 +26,8 @@ class Runner:
         self.schema = table.schema
         self.meta = meta
         table.plan = lambda: self.native_plan
+        self.arrive: Callable[[], None] | None = None
+        """Called before calls, until it takes itself away: see `native.path`."""
         self._count = len(table.schema.params)
         self._mutated = tuple(i for i, p in enumerate(table.schema.params) if p.mutated)
         self._factory = not any(p.type.base == "Tensor" for p in table.schema.params)
@@ -37,6 +39,8 @@ class Runner:
         return plan if plan is not None and plan.missing is None and self.meta.function is None else None
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if self.arrive is not None:
+            self.arrive()
         values = args if len(args) == self._count and not kwargs else self.schema.fill(args, kwargs)
         if self._factory and self.meta.known and select.device_of(self.schema, values) == "meta":
             return self.meta.trace(values)  # no tensor has told torch's dispatcher the device
@@ -109,19 +113,36 @@ class Runner:
         with preference.Context(preference.Preference.decode(opkit_backend)):
             return self(*args, **kwargs)
 
-    def _native(self, kernel: Kernel, values: tuple[Any, ...]) -> Any:
+    def load(self, kernel: Kernel, values: tuple[Any, ...] | None = None) -> Bound:
+        """Build and load a native kernel; `values` are those of the call that needs it, if one does."""
+        assert isinstance(kernel.function, Source)
+        slot = kernel.slot()  # before it is built, see `Kernel.forget`
+        if values is not None:
+            frozen.load(self.table, kernel, values)
+        with frozen.loading(self.schema, kernel, values):
+            bound = kernel.function.bind(
+                self.schema, self.native_plan, kernel.device, self.meta.of_registered, kernel.backend
+            )
+        slot.append(bound)
+        return bound
+
+    def bound(self, kernel: Kernel, values: tuple[Any, ...]) -> Bound:
+        """Return a native kernel as a call needs it, built and loaded where that was not done."""
         slot = kernel.slot()
         if slot:
-            bound: Bound = slot[0]
-        else:
-            assert isinstance(kernel.function, Source)
-            plan = self.native_plan
-            if self.meta.plan is not None:
-                self.meta.plan.infer(*values)  # wrong arguments are reported without a build
-            bound = kernel.function.bind(
-                self.schema, plan, kernel.device, self.meta.of_registered, kernel.backend
-            )
-            slot.append(bound)
+            return slot[0]  # type: ignore[no-any-return]
+        if self.meta.plan is not None:
+            self.meta.plan.infer(*values)  # wrong arguments are reported without a build
+        return self.load(kernel, values)
+
+    def explain(self, kernel: Kernel, values: tuple[Any, ...]) -> None:
+        """Raise what is wrong with the arguments on which a native kernel failed, where opkit can tell."""
+        if self.meta.plan is not None:
+            self.meta.plan.infer(*values)  # where the arguments do not fit, this error names dimensions
+        self._refuse_layouts(kernel, values)
+
+    def _native(self, kernel: Kernel, values: tuple[Any, ...]) -> Any:
+        bound = self.bound(kernel, values)
         plan = self.meta.plan
         if plan is not None and (self.meta.function is not None or plan.missing is not None):
             plan.infer(*values)  # the glue has no shape line to check them by
@@ -132,9 +153,7 @@ class Runner:
         try:
             return bound.call(*values)
         except RuntimeError:
-            if plan is not None:
-                plan.infer(*values)  # where the arguments do not fit, this error names dimensions
-            self._refuse_layouts(kernel, values)
+            self.explain(kernel, values)
             raise
 
     def _refuse_layouts(self, kernel: Kernel, values: tuple[Any, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from opkit import _sources as sources
 from opkit.cpp.light import Source
-from opkit.dispatch import preference
+from opkit.dispatch import frozen, preference
 from opkit.dispatch.preference import Preference
 from opkit.dispatch.table import REFERENCE, Kernel, KernelTable
 from opkit.errors import NoKernelError, warn
@@ -89,14 +89,12 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
 
     Raises:
         NoKernelError: what is required excludes every kernel that could take the call.
+        FrozenError: the call was not prepared, and only what was may run.
     """
-    sources.consult_for_kernels()
+    if sources.waiting():
+        frozen.consult(table.schema, values)
     wanted = wanted_now()
-    first = values[0] if values else None
-    if isinstance(first, torch.Tensor):  # nearly always; the rest is the general case
-        key: Any = (first.device.type, first.dtype, wanted)
-    else:
-        key = (device_of(table.schema, values), first_dtype(values), wanted)
+    key = _kind(table, values, wanted)
     choices = table.decided
     decided = choices.get(key)
     if decided is not None:
@@ -108,6 +106,9 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
         lasting = lasting and kernel.when is None
         reason = _reject(kernel, table, values, wanted, ask=True)
         if reason is None:
+            kind = (*key[:2], wanted._replace(inline=())) if wanted.inline else key
+            if kernel not in table.selected.get(kind, ()):
+                frozen.select(table, kind, kernel, values, rejected)
             if kernel.backend == REFERENCE and REFERENCE not in (wanted.names or ()):
                 _warn_of_fallback(table, device, rejected)
             if lasting:
@@ -147,6 +148,19 @@ def _way_out(wanted: Preference) -> str:
     if not wanted.required:
         return "Leave strict=True out, name another backend, or register a kernel"
     return "Require less, or register a kernel with properties=[...] that states what it is"
+
+
+def _kind(table: KernelTable, values: Sequence[Any], wanted: Preference) -> tuple[Any, ...]:
+    """Return what a choice depends on, where no kernel is asked."""
+    first = values[0] if values else None
+    if isinstance(first, torch.Tensor):  # nearly always; the rest is the general case
+        return first.device.type, first.dtype, wanted
+    return device_of(table.schema, values), first_dtype(values), wanted
+
+
+def is_decided(table: KernelTable, values: Sequence[Any]) -> bool:
+    """Whether all calls of this kind run the kernel that `choose` has returned for one."""
+    return _kind(table, values, wanted_now()) in table.decided
 
 
 def foreseen(table: KernelTable, device: str, dtype: torch.dtype | None) -> Kernel:

@@ -15,7 +15,7 @@ import torch
 from opkit import _torch
 from opkit.cpp.light import Source
 from opkit.dispatch import inplace as inplaces
-from opkit.dispatch import preference
+from opkit.dispatch import native, preference
 from opkit.dispatch.inplace import Inplace
 from opkit.errors import RegistrationError, did_you_mean, warn
 from opkit.spec.plan import Plan
@@ -50,6 +50,7 @@ class Kernel:
     def forget(self) -> None:
         """Have it built anew. Whoever builds now puts it where nobody looks any more."""
         self._slots[0] = []
+        native.choose_anew()
 
 
 class KernelTable:
@@ -61,6 +62,9 @@ class KernelTable:
         self.quiet = False  # whether running the reference needs no warning
         self._kernels: dict[tuple[str, str], Kernel] = {}
         self.decided: dict[Any, Kernel] = {}
+        # What ran for each kind of call, by device, dtype and preference, and what may run for any: see `frozen`.
+        self.selected: dict[Any, set[Kernel]] = {}
+        self.prepared: set[Kernel] = set()
         # The shape line, where native glue allocates by it; the runner sets it.
         self.plan: Callable[[], Plan | None] = lambda: None
         self.reference = Kernel(REFERENCE, "any", schema.adapt(reference), source=describe(reference))
@@ -75,8 +79,16 @@ class KernelTable:
                 f"replaces the one from {old.source}. Give one of them another backend= to keep both."
             )
         self._kernels[key] = kernel
+        if old is not None:  # nor is its library kept
+            for kernels in (self.prepared, *self.selected.values()):
+                kernels.discard(old)
         preference.know(kernel.backend)
+        self.reconsider()
+
+    def reconsider(self) -> None:
+        """Forget the choices made."""
         self.decided = {}  # not cleared: a choice that is being made now goes to the old one
+        native.choose_anew()
 
     def has_kernels(self) -> bool:
         """Whether there is any beside the reference; plugins are not asked."""

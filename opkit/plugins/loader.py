@@ -56,6 +56,24 @@ def states() -> list[State]:
         return _states
 
 
+def load_when_needed() -> None:
+    """Call the plugins, as ops or kernels are needed; in a frozen process that is an error, if there are some.
+
+    Raises:
+        FrozenError: plugins would be called.
+        ConfigError: OPKIT_AUTOLOAD has a value that opkit does not know.
+    """
+    if _config.get("OPKIT_AUTOLOAD"):
+        waiting = [
+            state.found.name for state in states() if state.status == "not loaded" and not state.calling
+        ]
+        if waiting:
+            from opkit.dispatch import frozen
+
+            frozen.refuse_plugins(waiting)
+    load()
+
+
 def load() -> None:
     """Call every installed plugin that has not been called, unless OPKIT_AUTOLOAD turns that off.
 

@@ -108,13 +108,13 @@ class Registry:
         Raises:
             SchemaError, ShapeError, DuplicateOpError: as `opkit.op` does.
         """
-        from opkit import _op
+        from opkit import _make
         from opkit.spec.schema import check_name
 
         self._check_open(f"declaring {name}")
         check_name(name)
         scope = dict(sys._getframe(1).f_locals)
-        decorate: Callable[[Callable[P, R]], Op[P, R]] = _op.declaring(
+        decorate: Callable[[Callable[P, R]], Op[P, R]] = _make.declaring(
             name, scope, shapes=shapes, mutates_args=mutates_args, schema=schema, inline=inline, tags=tags,
             layout=layout, flops=flops, effects=effects,
         )  # fmt: skip

@@ -226,7 +226,7 @@ def bind(line: ShapeLine, schema: Schema, text: str, *, annotated: bool = False)
         _check_list(param, entry, text, op)
     for result, entry in zip(results, line.outputs, strict=True):
         _check_list(result, entry, text, op)
-    bound = {p.name for p in schema.params if str(p.type) in ("SymInt", "SymInt?")}
+    bound = {p.name for p in schema.params if p.type.base == "SymInt" and not p.type.is_list}
     stars: set[str] = set()
     whole: set[str] = set()  # stars that are one list of sizes in the whole call
     for entry in line.inputs:
@@ -303,6 +303,8 @@ def _check_dtypes(output: Tensors, plan: Plan) -> None:
 
 def _bounded(entry: Entry, bounds: Mapping[str, Dim]) -> Entry:
     """Return an entry whose open sizes have the bound that is said anywhere of their names."""
+    if not bounds:
+        return entry
     dims = (replace(d, bound=bounds.get(d.text)) if d.is_open else d for d in entry.dims)
     return replace(entry, dims=tuple(dims))
 

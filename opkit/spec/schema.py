@@ -135,9 +135,13 @@ class Schema:
                 raise TypeError(f"calling {self.name}: argument {param.name!r} is missing; it takes {self}")
             values.append(value)
         if given:
-            raise TypeError(
-                f"calling {self.name}: unexpected argument {next(iter(given))!r}; it takes {self}"
+            name = next(iter(given))
+            found = (
+                f"argument {name!r} is given twice"
+                if any(p.name == name for p in self.params)
+                else f"unexpected argument {name!r}"
             )
+            raise TypeError(f"calling {self.name}: {found}; it takes {self}")
         return tuple(values)
 
     def carry(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

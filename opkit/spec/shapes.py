@@ -52,7 +52,9 @@ class Dim:
         """Return the names in it, in order: those that say how large it is, or may become."""
         if self.is_open:
             return self.bound.names() if self.bound else ()
-        return tuple(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", self.text))) if self.text != "_" else ()
+        if self.text.isidentifier():  # most are, and it is cheaper than to look for names in it
+            return (self.text,) if self.text != "_" else ()
+        return tuple(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", self.text)))
 
     def __str__(self) -> str:
         if self.is_open:
@@ -131,9 +133,10 @@ def parse(text: str, *, op: str) -> ShapeLine:
 
 def error(text: str, column: int, op: str, found: str, expected: str) -> ShapeError:
     """Return the error for a place in a shape line, with a caret under it."""
+    shown = "".join(c if c.isprintable() else " " for c in text)  # a line break would move what follows it
     return ShapeError(
         f"reading the shape line of {op}: {found} at column {column + 1}; expected {expected}.\n"
-        f"    {text}\n    {' ' * column}^\n"
+        f"    {shown}\n    {' ' * column}^\n"
         "Write one entry per Tensor argument, '->', and one per Tensor result, "
         "as in '*b n, n -> *b n:x, *b 1:float32'.",
         op=op,

@@ -67,7 +67,6 @@ class Reading:
         self.scope = scope
         self.parameters = _parameters(function)
         self._globals = getattr(inspect.unwrap(function), "__globals__", {})
-        self._locals = dict(scope)
         try:
             found = inspect.get_annotations(function)
             self.hints = {n: self.evaluate(a) if isinstance(a, str) else a for n, a in found.items()}
@@ -150,10 +149,10 @@ class Reading:
     def evaluate(self, text: str) -> Any:
         """Return what an annotation in quotes stands for."""
         if text.isidentifier():  # most are, and looking one up is cheaper than compiling it
-            for names in (self._locals, self._globals, vars(builtins)):
+            for names in (self.scope, self._globals, vars(builtins)):
                 if text in names:
                     return names[text]
-        return eval(text, self._globals, self._locals)
+        return eval(text, self._globals, self.scope)
 
     def _read(self, read: Callable[..., ValueType | None], annotation: Any) -> ValueType | None:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import enum
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -113,6 +114,10 @@ class ValueType:
     """The shape that the annotation of a tensor says, as jaxtyping's do."""
 
     def __str__(self) -> str:
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
         elements = "?" if self.optional_elements else ""
         brackets = f"[{self.length or ''}]" if self.is_list else ""
         return f"{self.base}{elements}{brackets}{'?' if self.optional else ''}"

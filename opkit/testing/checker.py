@@ -68,7 +68,8 @@ def check(op: Op[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     try:
         records = (*_kernels(op, values), *gradients.records(op, values), *properties.records(op, values))
     finally:
-        op._table.quiet, op._table.decided = before, {}  # what was decided unsaid is said at the next call
+        op._table.quiet = before
+        op._table.reconsider()  # what was decided unsaid is said at the next call
     report = Report(op.name, records)
     if not report.ok:
         raise CheckError(report)

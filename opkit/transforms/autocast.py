@@ -55,7 +55,7 @@ class Autocast:
         """Whether a call would now be cast."""
         return any(torch.is_autocast_enabled(device_type) for device_type in self.dtypes)
 
-    def kernel(self, overload: Any, device_type: str) -> Callable[..., Any]:
+    def kernel(self, overload: _torch.Overload, device_type: str) -> Callable[..., Any]:
         """Return the kernel for the Autocast key of a device, which asks for the registered dtype at every call."""
         schema = self.schema
 
@@ -66,7 +66,7 @@ class Autocast:
                 cast = _Cast(device_type, self.dtypes[device_type])
                 each = zip(values, self._kept_as_is, strict=True)
                 args, kwargs = schema.split([v if as_is else cast(v) for v, as_is in each])
-                return overload(*args, **kwargs, **extra)
+                return overload()(*args, **kwargs, **extra)
 
         return kernel
 

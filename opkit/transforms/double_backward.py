@@ -8,7 +8,7 @@ Here differentiating through it raises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from opkit import _torch
 from opkit.errors import GradientError
 from opkit.spec.schema import Schema, tensors
-from opkit.transforms.formula import Formula, ReferenceFormula
+from opkit.transforms.formula import Formula
+from opkit.transforms.recompute import ReferenceFormula
 
 
 class Lost:
@@ -60,6 +61,17 @@ def lost_history(
     if not led & followed:
         roots = [_root(v) for v in inputs if v.requires_grad and id(v) not in led]
     return Lost(frozenset(lost), frozenset(map(id, stashed)), roots)
+
+
+def lost_outputs(saves: Sequence[tuple[str, int]], values: Sequence[Any], without: Collection[int]) -> Lost:
+    """Return which of the values that an op saved have lost their history: outputs of these places."""
+    lost, index = [], 0
+    for (side, place), value in zip(saves, values, strict=True):
+        found = tensors([value])
+        if side == "out" and place in without:
+            lost += [index + i for i, t in enumerate(found) if t.is_floating_point() or t.is_complex()]
+        index += len(found)
+    return Lost(frozenset(lost), frozenset(), ())
 
 
 def tracked(schema: Schema, ctx: Any, lost: Lost) -> Any:
@@ -140,9 +152,9 @@ def _are_among(tensors: Sequence[Any], values: Sequence[Any]) -> bool:
 
 def _is_lost(tensor: Any, known: set[int]) -> bool:
     """Whether a tensor is none of those whose history is followed, and could have one."""
-    return (
-        tensor is not None and id(tensor) not in known and (tensor.is_floating_point() or tensor.is_complex())
-    )
+    if not isinstance(tensor, Tensor):
+        return False  # None, or what torch refuses
+    return id(tensor) not in known and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _within(value: Any) -> list[Tensor]:

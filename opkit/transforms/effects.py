@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from opkit import _torch
-from opkit.errors import SchemaError
+from opkit.errors import RegistrationError
 from opkit.spec.schema import Schema
 
 
-def refuse_mutation(schema: Schema) -> None:
-    """Raise SchemaError for an op that also mutates an argument: torch drops or moves its calls."""
+def check_effects(schema: Schema) -> None:
+    """Raise for an op that also mutates an argument: torch drops or moves its calls."""
     mutated = [p.name for p in schema.params if p.mutated]
     if mutated:
-        raise SchemaError(
+        raise RegistrationError(
             f"declaring {schema.name}: found effects=True for an op that mutates {', '.join(mutated)}; expected one of "
             "the two, since torch drops or moves the calls of an op that has both. Return a new tensor, or make two "
             "ops of it.",

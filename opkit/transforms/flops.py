@@ -45,7 +45,7 @@ def counting(schema: Schema, formula: Callable[..., Any]) -> Callable[..., Any]:
     return count
 
 
-def register(packet: Any, count: Callable[..., Any]) -> None:
+def count_calls(packet: Any, count: Callable[..., Any]) -> None:
     """Count calls of all overloads of `packet`; a later overload of an op may have another one (torch/library.py)."""
     # Imported here, as only ops with a formula need it; the table is one dict for all counters to come.
     from torch.utils.flop_counter import flop_registry
@@ -53,8 +53,8 @@ def register(packet: Any, count: Callable[..., Any]) -> None:
     flop_registry[packet] = count
 
 
-def forget(packets: Iterable[Any], count: Callable[..., Any]) -> None:
-    """Take back what `register` did."""
+def forget_count(packets: Iterable[Any], count: Callable[..., Any]) -> None:
+    """Take back what `count_calls` did."""
     from torch.utils.flop_counter import flop_registry
 
     for packet in packets:

@@ -6,19 +6,16 @@ into one gradient (or None) per argument. It does not know how autograd calls it
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from opkit import _torch
+from opkit.dispatch.native.description import FunctionValue, OpValue, RuleValue, is_plain
 from opkit.errors import GradientError, RegistrationError
 from opkit.spec.plan import Plan, Tensors
-from opkit.spec.schema import REQUIRED, Param, Schema, check_arity, tensors
-from opkit.transforms.forward_mode import ReferenceTangents, Tangents
+from opkit.spec.schema import REQUIRED, Param, Schema, check_arity
+from opkit.transforms.forward_mode import Tangents
 
 
 class Formula(Protocol):
@@ -35,6 +32,9 @@ class Formula(Protocol):
 
     def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
         """Return one gradient per argument, None where there is none."""
+
+    def described(self) -> OpValue | FunctionValue | RuleValue:
+        """Return it as the native core takes it."""
 
 
 class FunctionFormula:
@@ -68,7 +68,14 @@ class FunctionFormula:
             self.setup_context(ctx, self.schema.restore(values), self.schema.pack(self.schema.raw(outputs)))
 
     def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
-        result = self.backward(ctx, *grads)
+        return self.counted(self.backward(ctx, *grads))
+
+    def described(self) -> FunctionValue:
+        constant = constant_results(self.schema, self.non_differentiable)
+        return FunctionValue(constant, self.setup_context, self.backward, self.counted)
+
+    def counted(self, result: Any) -> tuple[Any, ...]:
+        """Return what `backward` returned as one gradient per argument, or raise."""
         params = self.schema.params
         if not isinstance(result, tuple):
             only_list = len(params) == 1 and params[0].type.is_list
@@ -81,7 +88,7 @@ class FunctionFormula:
                 "without a gradient.",
                 op=self.schema.name,
             )
-        return result
+        return tuple(result)
 
 
 class OpFormula:
@@ -146,173 +153,34 @@ class OpFormula:
             for p, needed in zip(self.schema.params, ctx.needs_input_grad, strict=True)
         ]
 
+    def _saves_fit(self) -> bool:
+        """Whether the values saved are of the types that the formula takes, so that nothing need be converted."""
+        takes = self.formula.schema.params[len(self.outputs) :]
+        for (side, place), param in zip(self.saves, takes, strict=False):
+            given = (self.schema.params if side == "in" else self.schema.results)[place].type
+            same = (given.base, given.is_list) == (param.type.base, param.type.is_list)
+            if not same or (given.optional and not param.type.optional):
+                return False
+        return True
 
-class ReferenceFormula:
-    """Differentiate the reference: run it again in backward and ask autograd."""
-
-    non_differentiable: frozenset[str]
-
-    def __init__(
-        self, schema: Schema, reference: Callable[..., Any], non_differentiable: Sequence[str] = ()
-    ) -> None:
-        mutated = [p.name for p in schema.params if p.mutated]
-        if mutated:
-            raise RegistrationError(
-                f"registering the gradient of {schema.name}: found from_reference for an op that mutates "
-                f"{', '.join(mutated)}; expected one that mutates nothing, since the reference would run, and "
-                "mutate, once more in backward. Register a function or an op.",
-                op=schema.name,
-            )
-        self.schema = schema
-        self.reference = reference
-        self._call = schema.adapt(reference)
-        self.non_differentiable = frozenset(non_differentiable)
-        self.tangents = ReferenceTangents(schema, self._call, as_in_forward_within_a_kernel)
-
-    def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
-        save_values(ctx, values)
-
-    def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
-        needs = ctx.needs_input_grad
-        saved = saved_values(ctx)
-        wanted = [v for v, need in _pairs(saved, needs) if need]
-        chosen = [
-            (index, place)
-            for index, (result, grad) in enumerate(zip(self.schema.results, grads, strict=True))
-            if result.name not in self.non_differentiable
-            for place, one in (enumerate(grad) if isinstance(grad, (list, tuple)) else [(None, grad)])
-            if one is not None
-        ]
-
-        def again(*leaves: Tensor) -> list[Any]:
-            """Return the outputs that have gradients, from the arguments that need one."""
-            rest = iter(leaves)
-            values = [_replaced(v, need, rest) for v, need in zip(saved, needs, strict=True)]
-            args, kwargs = self.schema.split(values)
-            outputs = self.schema.flatten(self._call(*args, **kwargs))
-            return [outputs[i] if p is None else outputs[i][p] for i, p in chosen]
-
-        if not wanted or not chosen:
-            return [None] * len(self.schema.params)
-        cotangents = [grads[i] if p is None else grads[i][p] for i, p in chosen]
-        with as_in_forward(self.schema.name, saved):
-            found = iter(_derived(again, wanted, cotangents))
-        return [_replaced(None, need, found) for need in needs]
-
-
-def _derived(
-    function: Callable[..., list[Any]], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    """Return the gradients of the leaves, connected to them where a second derivative is wanted."""
-    if _torch.in_func_transform():  # only a level of its own can be differentiated there
-        leaves = [leaf.view_as(leaf) for leaf in leaves]  # of an ended transform, perhaps, which this unwraps
-        kept: list[tuple[int, torch.dtype]] = []
-
-        def differentiable(*given: Tensor) -> tuple[Tensor, ...]:
-            outputs = [
-                (i, o) for i, o in enumerate(function(*given)) if o.is_floating_point() or o.is_complex()
-            ]
-            kept.extend((i, o.dtype) for i, o in outputs)
-            return tuple(o for _, o in outputs)
-
-        pull: Any = torch.func.vjp(differentiable, *leaves)[1]
-        found: tuple[Tensor, ...] = pull(tuple(cotangents[i].to(dtype) for i, dtype in kept))
-        return found
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        leaves = [leaf.view_as(leaf) if twice else leaf.detach() for leaf in leaves]
-        leaves = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
-        pairs = [
-            (o, g.to(o.dtype)) for o, g in zip(function(*leaves), cotangents, strict=True) if o.requires_grad
-        ]
-        if not pairs:
-            return [None] * len(leaves)
-        return torch.autograd.grad(
-            [o for o, _ in pairs], leaves, [g for _, g in pairs], create_graph=twice, allow_unused=True
+    def described(self) -> OpValue | RuleValue:
+        constant, formula = constant_results(self.schema, self.non_differentiable), self.formula.schema
+        plain = all(str(r.type) == "Tensor" for r in self.schema.results)
+        tensors = all(r.type.base == "Tensor" and not r.type.optional for r in formula.results)
+        rule = RuleValue(constant, self.save, self.gradients)
+        if not (plain and tensors and is_plain(formula) and is_plain(self.schema) and self._saves_fit()):
+            return rule
+        places = {p.name: i for i, p in enumerate(self.schema.params)}
+        return OpValue(
+            constant,
+            f"{formula.namespace}::{formula.opname}",
+            tuple((side == "out", place) for side, place in self.saves),
+            self.outputs,
+            tuple(places[p.name] for p in self.arguments),
+            tuple(place for side, place in self.saves if side == "out" and place not in self.outputs),
+            rule,
+            self,
         )
-
-
-def _pairs(values: Sequence[Any], needs: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yield each value with whether it needs a gradient, those of lists one by one."""
-    for value, need in zip(values, needs, strict=True):
-        if isinstance(need, (list, tuple)):  # a list of tensors; of a list of numbers none is needed
-            yield from zip(value, need, strict=True)
-        else:
-            yield value, bool(need)
-
-
-def _replaced(value: Any, need: Any, leaves: Iterator[Any]) -> Any:
-    """Return `value` with the next leaves in the place of what needs a gradient."""
-    if isinstance(need, (list, tuple)):
-        values = value if value is not None else [None] * len(need)
-        return [next(leaves) if n else v for v, n in zip(values, need, strict=True)]
-    return next(leaves) if need else value
-
-
-@contextlib.contextmanager
-def as_in_forward(op: str, values: Sequence[Any]) -> Iterator[None]:
-    """Run a reference again as its kernel ran: without autocast (dispatch/run.py), and with no other numbers."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_RefuseRandom(op))
-        for device in {t.device.type for t in tensors(values)}:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-@contextlib.contextmanager
-def as_in_forward_within_a_kernel(op: str, values: Sequence[Any]) -> Iterator[None]:
-    """Do the same inside of an autograd kernel, from where torch.func keeps what a level below sees."""
-    if _torch.in_func_transform():
-        if any(torch.is_autocast_enabled(t.device.type) for t in tensors(values)):
-            raise GradientError(
-                f"differentiating {op} in forward mode by its reference: torch.func runs the reference "
-                "under the autocast that is on, and the op runs without it, so tangents would be inexact. "
-                "Turn autocast off around the transform, or register a function with register_jvp.",
-                op=op,
-            )
-        with _RefuseRandomCalls(op):
-            yield
-    else:
-        with as_in_forward(op, values):
-            yield
-
-
-def _random_error(op: str, drawn: Any) -> GradientError:
-    return GradientError(
-        f"differentiating {op} by its reference: the reference draws random numbers ({drawn}), and it would draw "
-        "others than in forward. Pass the numbers as an argument, or write the formula with register_autograd "
-        "or register_jvp.",
-        op=op,
-    )
-
-
-class _RefuseRandom(_torch.TorchDispatchMode):
-    """Raise where the code inside draws random numbers."""
-
-    def __init__(self, op: str) -> None:
-        super().__init__()
-        self.op = op
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise _random_error(self.op, func)
-        return func(*args, **(kwargs or {}))
-
-
-class _RefuseRandomCalls(TorchFunctionMode):
-    """Raise where the code inside calls a torch function that draws random numbers."""
-
-    def __init__(self, op: str) -> None:
-        super().__init__()
-        self.op = op
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet = getattr(torch.ops.aten, getattr(func, "__name__", ""), None)
-        overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
-        if any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads):
-            raise _random_error(self.op, func)
-        return func(*args, **(kwargs or {}))
 
 
 class NoFormula:
@@ -326,6 +194,9 @@ class NoFormula:
 
     def save(self, ctx: Any, values: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         """Nothing is kept."""
+
+    def described(self) -> RuleValue:
+        return RuleValue((False,) * len(self.schema.results), self.save, self.gradients)
 
     def gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
         name = self.schema.name
@@ -366,6 +237,11 @@ def _integer(tensors: Sequence[Tensors]) -> set[str]:
     return {name for name, dtype in fixed.items() if not (dtype.is_floating_point or dtype.is_complex)}
 
 
+def constant_results(schema: Schema, names: frozenset[str]) -> tuple[bool, ...]:
+    """Return for each result whether it is among those without a gradient."""
+    return tuple(result.name in names for result in schema.results)
+
+
 def wants_gradient(needed: Any) -> bool:
     """Whether autograd wants a gradient of an argument: of one tensor, or of any in a list."""
     return any(needed) if isinstance(needed, (list, tuple)) else bool(needed)
@@ -400,13 +276,3 @@ def saved_values(ctx: Any) -> list[Any]:
         else:
             values.append([next(tensors) for _ in range(item)])
     return values
-
-
-class _FromReference:
-    """The formula `opkit.from_reference`: run the reference again in backward and differentiate it."""
-
-    def __repr__(self) -> str:
-        return "from_reference"
-
-
-from_reference = _FromReference()

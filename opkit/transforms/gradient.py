@@ -9,17 +9,19 @@ level records its own derivative and calls the op again for the level below.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opkit import _torch
+from opkit import _torch, _torch_compile
+from opkit.dispatch.native.path import Derivation
 from opkit.errors import GradientError
 from opkit.spec.schema import Schema
 from opkit.transforms import double_backward, forward_mode, mutation
-from opkit.transforms.formula import Formula, NoFormula
+from opkit.transforms.formula import Formula, OpFormula, save_values
 from opkit.transforms.forward_mode import Tangents
 
 EXTRA = "opkit_backend"  # the keyword argument that a variant has beside the op's own
@@ -29,7 +31,7 @@ _NOTHING = (None,) * _FIXED  # their gradients
 
 def autograd_kernel(
     schema: Schema,
-    overload: Any,
+    overload: _torch.Overload,
     run: Callable[..., Any],
     formula: Callable[[], Formula],
     tangents: Callable[[], Tangents | None],
@@ -53,14 +55,14 @@ def autograd_kernel(
     # A mutating op has a kernel of its own on ADInplaceOrView, for the others the key means nothing.
     mask = _torch.after_autograd if mutates else _torch.after_inplace_or_view
     plain = [i for i, p in enumerate(schema.params) if p.type.base != "Tensor"]
-    straight = _torch.Straight(overload)
+    straight = _torch.Straight(overload.qualified)
     flat_call = _Call([None] * len(schema.params), [None] * len(schema.results))
 
     def below(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         with _torch.below_autograd():
             if not mutates and straight(keyset):
                 return run(*args, **kwargs)
-            return overload.redispatch(keyset & mask, *args, **kwargs)
+            return overload().redispatch(keyset & mask, *args, **kwargs)
 
     def forward(ctx: Any, keyset: Any, call: _Call, *flat: Any) -> Any:
         values = tuple(_unflatten(flat, call.lengths)) if nested else flat
@@ -95,11 +97,8 @@ def autograd_kernel(
             ctx if lost is None or not torch.is_grad_enabled() else double_backward.tracked(schema, ctx, lost)
         )
         found = rule.gradients(seen, grads)
-        for index in plain:
-            if found[index] is not None:
-                raise _gradient_error(
-                    schema, schema.params[index].name, _kind(found[index]), "None, as it is not a tensor"
-                )
+        if any(found[index] is not None for index in plain):
+            _refuse_plain(schema, found)
         if nested:
             found = _laid_flat(schema, found, call.lengths)
         for index, (grad, meta) in enumerate(zip(found, metas, strict=True)):
@@ -153,7 +152,7 @@ def autograd_kernel(
         extra = {EXTRA: kwargs.pop(EXTRA)} if variant else {}
         values = schema.fill(args, kwargs)
         if mutates:
-            mutation.refuse_lost_gradients(schema, values, not isinstance(formula(), NoFormula))
+            mutation.refuse_lost_gradients(schema, values, formula())
         if not schema.results:
             args, kwargs = schema.split(values)
             return below(keyset, args, {**kwargs, **extra})
@@ -171,6 +170,55 @@ def autograd_kernel(
         return schema.raw(_unflatten(outputs, call.outputs) if nested else outputs)
 
     return kernel
+
+
+def derivation(schema: Schema, kernel: Callable[..., Any], formula: Callable[[], Formula]) -> Derivation:
+    """Return what the native core asks where it differentiates an op whose autograd kernel in Python is `kernel`."""
+
+    def twin(keys: int, *values: Any) -> Any:
+        args, kwargs = schema.split(values)
+        return kernel(_torch.keyset(keys), *args, **kwargs)
+
+    def lost(ctx: Any, values: Any, outputs: Any, constant: Any) -> Any:
+        return double_backward.lost_history(ctx, formula(), values, outputs, constant)
+
+    def again(rule: OpFormula, grads: Any, values: Any, needs: Any) -> Any:
+        ctx = forward_mode.Context()
+        ctx.needs_input_grad = needs
+        save_values(ctx, values)
+        without = {place for side, place in rule.saves if side == "out" and place not in rule.outputs}
+        saved = double_backward.lost_outputs(rule.saves, values, without)
+        return rule.gradients(double_backward.tracked(schema, ctx, saved), grads)
+
+    def check(index: int, lengths: Any, grad: Any, shape: Any, like: Tensor) -> None:
+        _check_gradient(schema, index, lengths, grad, (torch.Size(shape), like.dtype, like.device))
+
+    def flatten(found: Any, lengths: Any) -> list[Any]:
+        _refuse_plain(schema, found)
+        flat = _laid_flat(schema, found, lengths)
+        for index, grad in enumerate(flat):
+            if grad is not None and not isinstance(grad, Tensor):
+                _check_gradient(schema, index, lengths, grad, None)
+        return flat
+
+    return Derivation(
+        f"{schema.opname}Backward",
+        twin,
+        lambda: formula().described(),
+        lost,
+        functools.partial(double_backward.tracked, schema),
+        again,
+        _torch_compile.outside_compiled_autograd,
+        check,
+        flatten,
+    )
+
+
+def _refuse_plain(schema: Schema, found: Sequence[Any]) -> None:
+    """Raise for a gradient of what is no tensor."""
+    for param, grad in zip(schema.params, found, strict=True):
+        if grad is not None and param.type.base != "Tensor":
+            raise _gradient_error(schema, param.name, _kind(grad), "None, as it is not a tensor")
 
 
 class _Call:

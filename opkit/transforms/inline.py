@@ -1,74 +1,21 @@
 """What a compiler makes of an op: the reference, where it is inlined; a kernel that overwrites what is dead, otherwise.
 
 Only Inductor sees these decompositions, so that everything before it (autograd, export, other backends) has the op.
-`decompositions()` is the same for those who ask.
+`opkit.decompositions()` is the same for those who ask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from opkit import _torch_compile
-from opkit.dispatch import outputs, preference
+from opkit.dispatch import outputs
 from opkit.dispatch.meta import Meta
 from opkit.errors import OpkitError, RegistrationError
-from opkit.spec.schema import Schema, check_name
-
-
-class inline:  # noqa: N801  (a context manager, named like torch.no_grad)
-    """Have Inductor fuse through the references of ops, for the calls inside the `with`.
-
-    Inside a compiled function it is about the calls in its body. Around one it is about all calls in functions that
-    are compiled or called there, in every thread, and changing it compiles them anew. It changes neither eager
-    calls, which run kernels, nor gradients, which follow the registered formula.
-
-    Args:
-        *ops: names `namespace::name`, or ops; without any it is about all ops that mutate nothing.
-        enabled: False keeps ops as they are that are declared with `inline=True`.
-
-    Raises:
-        SchemaError: one of the names is not `namespace::name`.
-        RegistrationError: an op mutates its arguments; at the call, while it is being compiled.
-
-    Example:
-        >>> import opkit, torch
-        >>> from opkit_kernels import vector_add
-        >>> @torch.compile(backend="eager")
-        ... def twice(x):
-        ...     with opkit.inline("opkit::vector_add"):
-        ...         return vector_add(x, x)
-        >>> twice(torch.ones(2))
-        tensor([2., 2.])
-    """
-
-    def __init__(self, *ops: Any, enabled: bool = True) -> None:
-        sign = "+" if enabled else "-"
-        names = [op if isinstance(op, str) else op.name for op in ops]
-        for name in names:
-            check_name(name, "choosing what to inline")
-        self._said = tuple(sign + name for name in names) or (sign,)
-        self._inside = preference.Context(preference.Preference(None, inline=self._said))
-        self._before: list[str] = []
-
-    def __enter__(self) -> None:
-        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
-            self._inside.__enter__()
-        else:
-            before = preference.inline_around()
-            said = ",".join((before, *self._said) if before else self._said)
-            self._before.append(preference.set_inline_around(said))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
-            self._inside.__exit__(kind, error, trace)
-        else:
-            preference.set_inline_around(self._before.pop())
+from opkit.spec.schema import Schema
 
 
 def wanted(said: Sequence[str], schema: Schema, declared: bool) -> bool:
@@ -79,7 +26,7 @@ def wanted(said: Sequence[str], schema: Schema, declared: bool) -> bool:
     """
     for one in reversed(said):
         if one[1:] == schema.name and one[0] == "+":
-            refuse_mutation(schema)
+            check_inline(schema)
         if one[1:] in ("", schema.name):
             return one[0] == "+" and not any(p.mutated for p in schema.params)
     return declared
@@ -110,7 +57,7 @@ def decomposition(schema: Schema, reference: Callable[..., Any], meta: Meta) -> 
     return decomposed
 
 
-def refuse_mutation(schema: Schema) -> None:
+def check_inline(schema: Schema) -> None:
     """Raise for an op that mutates its arguments, which cannot be inlined."""
     mutated = [p.name for p in schema.params if p.mutated]
     if mutated:

@@ -9,10 +9,11 @@ import torch
 
 from opkit import _torch
 from opkit.errors import GradientError
-from opkit.spec.schema import Schema
+from opkit.spec.schema import Schema, tensors
+from opkit.transforms.formula import Formula, NoFormula
 
 
-def version_kernel(schema: Schema, overload: Any, extra: str) -> Callable[..., Any]:
+def version_kernel(schema: Schema, overload: _torch.Overload, extra: str) -> Callable[..., Any]:
     """Return the ADInplaceOrView kernel of a mutating op: autograd must see that its inputs changed.
 
     Args:
@@ -26,7 +27,7 @@ def version_kernel(schema: Schema, overload: Any, extra: str) -> Callable[..., A
         values = schema.fill(args, {k: v for k, v in kwargs.items() if k != extra})
         for index in mutated:
             torch.autograd.graph.increment_version(values[index])
-        return overload.redispatch(keyset & _torch.after_inplace_or_view, *args, **kwargs)
+        return overload().redispatch(keyset & _torch.after_inplace_or_view, *args, **kwargs)
 
     return kernel
 
@@ -48,19 +49,40 @@ def refuse_unseen_mutation(schema: Schema) -> None:
         )
 
 
-def refuse_lost_gradients(schema: Schema, values: Sequence[Any], has_formula: bool) -> None:
-    """Raise where a mutation would make gradients silently wrong."""
+def refuse_lost_gradients(schema: Schema, values: Sequence[Any], formula: Formula) -> None:
+    """Raise where a mutation would make gradients silently wrong.
+
+    What a formula differentiates are results. What the op writes into an argument is a constant to autograd, and
+    the author must have said that it is one, by naming the argument in `non_differentiable`.
+    """
     mutated = ", ".join(p.name for p in schema.params if p.mutated)
+    has_formula = not isinstance(formula, NoFormula)
+    unsaid = ", ".join(
+        p.name
+        for p, value in zip(schema.params, values, strict=True)
+        if p.mutated and p.name not in formula.non_differentiable and _has_gradients(value)
+    )
     for param, value in zip(schema.params, values, strict=True):
         if not _torch.any_requires_grad(value):
             continue
-        if param.mutated or not has_formula or not schema.results:
+        if param.mutated or not has_formula or not schema.results or unsaid:
             lost = "is overwritten" if param.mutated else f"flows into {mutated}"
-            formula_helps = not param.mutated and schema.results
+            advice = "."
+            if not param.mutated and schema.results:
+                advice = (
+                    f", or name {unsaid} in non_differentiable= of register_autograd, where what is written there is "
+                    "not to be differentiated."
+                    if has_formula
+                    else ", or register a formula with register_autograd."
+                )
             raise GradientError(
                 f"calling {schema.name} with gradients: argument {param.name} requires grad and {lost}; the op "
                 f"mutates {mutated}, so autograd would silently give wrong gradients. Call it under "
-                "torch.no_grad(), or write the op without mutation"
-                + (", or register a formula with register_autograd." if formula_helps else "."),
+                f"torch.no_grad(), or write the op without mutation{advice}",
                 op=schema.name,
             )
+
+
+def _has_gradients(value: Any) -> bool:
+    """Whether a tensor, or one in a list, is of a dtype that can be differentiated."""
+    return any(t.is_floating_point() or t.is_complex() for t in tensors([value]))

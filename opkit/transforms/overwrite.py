@@ -151,8 +151,8 @@ class Overwriting:
             return schema.raw([r for i, r in enumerate(results) if i not in within])
 
         qualified = schema.opname + name
-        self._library.define(own.declaration(qualified), tags=self._tags)
-        target = getattr(getattr(torch.ops, schema.namespace), qualified).default
+        _torch.define(self._library, own.declaration(qualified), self._tags)
+        target = _torch.Overload(schema.namespace, qualified)
         run = self._runner.into(places)
         _torch.register_meta(self._library, qualified, trace, __file__)
         self._library.impl(qualified, run, "CompositeExplicitAutograd")
@@ -162,7 +162,7 @@ class Overwriting:
         self._library.impl(qualified, kernel, "Autograd", with_keyset=True)
         version = mutation.version_kernel(own, target, gradient.EXTRA)
         self._library.impl(qualified, version, "ADInplaceOrView", with_keyset=True)
-        return target
+        return target()
 
 
 def _can_hold(places: Inplace, values: Sequence[Any]) -> bool:

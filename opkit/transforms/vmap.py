@@ -131,7 +131,7 @@ class Batching:
         """
         return ("FuncTorchBatched", "FuncTorchVmapMode") if self.random else ("FuncTorchBatched",)
 
-    def kernel(self, overload: Any) -> Callable[..., Any]:
+    def kernel(self, overload: _torch.Overload) -> Callable[..., Any]:
         """Return the kernel for the dispatch keys of torch.vmap that `keys` names."""
         schema = self.schema
 
@@ -143,7 +143,7 @@ class Batching:
 
             def call(values: Sequence[Any]) -> tuple[Any, ...]:
                 args, kwargs = schema.split(values)
-                return schema.flatten(overload(*args, **kwargs, **extra))
+                return schema.flatten(overload()(*args, **kwargs, **extra))
 
             if self.random and randomness == "error":
                 raise VmapError(

@@ -40,28 +40,32 @@ def function() -> Callable[..., Tensor]:
     return scale
 
 
-def with_shape_line() -> None:
+def with_shape_line() -> Callable[..., Tensor]:
     op = opkit.op(f"define::opkit_{next(_numbers)}", shapes="*b n, n -> *b n")(function())
     op.register_autograd(formula, setup_context=save)
+    return op
 
 
-def with_meta_function() -> None:
+def with_meta_function() -> Callable[..., Tensor]:
     op = opkit.op(f"define::opkit_{next(_numbers)}")(function())
     op.register_fake(describe)
     op.register_autograd(formula, setup_context=save)
+    return op
 
 
-def with_custom_op() -> None:
+def with_custom_op() -> Callable[..., Tensor]:
     op = torch.library.custom_op(f"define::custom_{next(_numbers)}", function(), mutates_args=())
     op.register_fake(describe)
     op.register_autograd(formula, setup_context=save)
+    return op
 
 
-def with_library() -> None:
+def with_library() -> Callable[..., Tensor]:
     """The floor: what torch itself takes to define an op with a kernel, without autograd."""
     name = f"library_{next(_numbers)}"
     _library.define(f"{name}(Tensor x, Tensor weight, float eps=1e-06) -> Tensor")
     _library.impl(name, function(), "CompositeExplicitAutograd")
+    return getattr(torch.ops.define, name).default
 
 
 _library = torch.library.Library("define", "FRAGMENT")

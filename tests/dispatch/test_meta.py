@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -332,3 +334,83 @@ def test_results_beside_a_number_are_held_to_the_shape_line():
     count.register_kernel("cpu", lambda x: (x.sum(1), 3), backend="wrong")
     with pytest.raises(opkit.OutputError, match=r"returned out0 with the shape \(2,\); expected \(3,\)"):
         count(T)
+
+
+# ---------------------------------------------------------------- whatever the shapes and strides
+
+REFERENCES = {
+    "*b n -> *b n": lambda x: x * 2,
+    "*b n -> *b:int64": lambda x: (
+        x.argmin(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1], dtype=torch.int64)
+    ),
+    "*b n m -> *b m n": lambda x: x.mT.clone(memory_format=torch.preserve_format),
+    "*b n -> *b 2*n": lambda x: torch.cat([x, x], -1),
+    "*b n -> n *b": lambda x: x.movedim(-1, 0) + 0,
+}
+
+
+@st.composite
+def strided(draw, rank):
+    """A tensor in any layout: permuted, with gaps, with sizes 0 and 1 among the others."""
+    shape = draw(st.lists(st.integers(0, 3), min_size=rank, max_size=rank + 2))
+    order = draw(st.permutations(range(len(shape))))
+    steps = draw(st.lists(st.integers(1, 2), min_size=len(shape), max_size=len(shape)))
+    base = torch.arange(float(torch.Size(s * 2 for s in shape).numel())).reshape(
+        [shape[i] * 2 for i in order]
+    )
+    base = base[tuple(slice(0, shape[i] * k, k) for i, k in zip(order, steps, strict=True))]
+    return base.permute([order.index(i) for i in range(len(shape))])
+
+
+def told_strides(x):
+    """The strides that lead anywhere: not those of sizes below 2, nor any of an empty tensor."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()]
+
+
+@pytest.mark.parametrize("line", REFERENCES)
+def test_meta_is_what_the_op_returns_whatever_the_shape_and_the_strides(line):
+    @opkit.op("t::f", shapes=line)
+    def f(x: Tensor) -> Tensor:
+        return REFERENCES[line](x)
+
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+    @given(x=strided(2 if "m" in line else 1))
+    def holds(x):
+        real = f(x)
+        assert torch.equal(real, f.reference(x))
+        with FakeTensorMode() as mode:
+            fake = f(mode.from_tensor(x))
+        found, told = ((t.shape, t.dtype, told_strides(t), t.device) for t in (real, fake))
+        assert found == told
+
+    holds()
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "text"),
+    [
+        (
+            int,
+            None,
+            r"nothing says what its results \(SymInt\) are; expected a meta function. Register one with",
+        ),
+        (int, "n ->", "its shape line 'n ->' does not describe all results: its result out is no tensor"),
+        (float, None, "its result out is a float, which only a kernel can compute"),
+        (bool, "n ->", "its result out is a bool, which only a kernel can compute"),
+        (Tensor, None, "nothing says the shapes of its outputs; expected a shape line or a meta function"),
+    ],
+)
+def test_first_line_of_what_dynamo_says_is_why_the_results_are_unknown(kind, shapes, text):
+    def f(x):
+        return kind(x.sum())
+
+    f.__annotations__ = {"x": Tensor, "return": kind}
+    op = opkit.op("t::f", shapes=shapes)(f)
+    for fullgraph in (True, False):
+        with pytest.raises(Exception, match=rf"\A\w*RegistrationError: tracing t::f: {text}") as caught:
+            torch.compile(lambda x: op(x), fullgraph=fullgraph, backend="eager")(torch.ones(3))
+    if kind is int:
+        advice = "Register one with register_fake; an int that depends on data is torch.library.get_ctx()"
+        assert f"{advice}.new_dynamic_size() there." in str(caught.value)
+        op.register_fake(lambda x: torch.library.get_ctx().new_dynamic_size())
+        assert torch.compile(lambda x: op(x), fullgraph=True, backend="eager")(torch.ones(3)) == 3

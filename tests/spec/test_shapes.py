@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 
 import hypothesis.strategies as st
@@ -136,6 +137,14 @@ def test_wrong_line_raises_with_a_caret(text, found, column):
     assert caught.value.op == "t::f"
 
 
+def test_caret_stands_under_its_column_where_the_line_is_broken():
+    with pytest.raises(opkit.ShapeError, match="at column 14") as caught:
+        parse("n,\n n m\t-> n n(")
+    _, shown, caret, _ = str(caught.value).split("\n")
+    assert shown == "    n,  n m -> n n("
+    assert shown[caret.index("^") :] == "n("
+
+
 def test_line_that_is_no_text_raises():
     with pytest.raises(opkit.ShapeError, match=r"found \('n', 'n'\); expected text"):
         parse(("n", "n"))
@@ -206,7 +215,12 @@ def test_parse_print_parse_is_stable(text):
 def test_any_text_parses_or_raises_shape_error(text):
     try:
         line = parse(text)
-    except opkit.ShapeError:
+    except opkit.ShapeError as error:
+        found, shown, caret = str(error).split("\n")[:3]
+        assert len(shown) == 4 + len(text)
+        assert [c for c in shown[4:] if c != " "] == [c for c in text if c.isprintable() and c != " "]
+        assert caret == " " * (3 + int(re.search(r"at column (\d+)", found)[1])) + "^"
+        assert 4 <= caret.index("^") <= len(shown)
         return
     assert parse(str(line)) == line
 

@@ -121,7 +121,7 @@ def test_effects_and_mutation_are_refused():
         x.mul_(2)
 
     with pytest.raises(
-        opkit.SchemaError, match="declaring t::f: found effects=True for an op that mutates x; expected"
+        opkit.RegistrationError, match="declaring t::f: found effects=True for an op that mutates x; expected"
     ):
         opkit.op("t::f", mutates_args=("x",), effects=True)(f)
 

@@ -108,6 +108,7 @@ def test_inline_has_no_effect_on_eager_calls():
 def test_inline_with_use_backend_inside():
     op = affine()
     op.register_kernel("cpu", lambda x, k: x + 100, backend="fast")
+    opkit.op("t::other", shapes="n -> n")(lambda_of_tensor)
 
     def f(x):
         with opkit.use_backend("reference"), opkit.inline("t::other"):
@@ -251,6 +252,27 @@ def test_inline_refuses_what_is_not_the_name_of_an_op():
         opkit.SchemaError, match="choosing what to inline: the name 'affine' has no namespace"
     ):
         opkit.inline("affine")
+
+
+def test_inline_refuses_an_op_that_nobody_defined():
+    affine()
+    text = r"inlining t::afine: no op has that name; defined are .*t::affine.* Did you mean 't::affine'\?"
+    for enabled in (True, False):
+        with pytest.raises(opkit.OpNotFoundError, match=text):
+            opkit.inline("t::afine", enabled=enabled)
+
+
+def test_inline_in_a_compiled_function_refuses_an_op_that_nobody_defined():
+    op = affine()
+
+    def f(x):
+        with opkit.inline("t::afine"):
+            return op(x)
+
+    with pytest.raises(
+        Exception, match=r"\A\w*OpNotFoundError: inlining t::afine: no op has that name; defined"
+    ):
+        torch.compile(f, fullgraph=True, backend="eager")(X)
 
 
 # ---------------------------------------------------------------- decompositions

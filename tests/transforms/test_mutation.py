@@ -114,8 +114,30 @@ def test_gradient_that_would_be_lost_in_a_mutated_argument_raises(copy_into, wra
         assert copy_into(leaf(), torch.zeros(1)).item() == 6
 
 
-def test_op_that_mutates_may_have_a_formula(copy_into, wrap):
+def test_formula_does_not_hide_that_an_argument_flows_into_a_mutated_one(copy_into, wrap):
     copy_into.register_autograd(lambda ctx, g: (g * 2, None))
+    text = (
+        "argument x requires grad and flows into b; the op mutates b, .* or name b in non_differentiable= of "
+        "register_autograd, where what is written there is not to be differentiated"
+    )
+    with pytest.raises(Exception, match=text):
+        wrap(lambda x, b: copy_into(x, b))(leaf(), torch.zeros(1))
+
+
+def test_mutated_argument_without_gradients_needs_no_word():
+    @opkit.op("t::counted", shapes="n, () -> n", mutates_args=["calls"])
+    def counted(x: Tensor, calls: Tensor) -> Tensor:
+        calls.add_(1)
+        return x * 2
+
+    counted.register_autograd(lambda ctx, g: (g * 2, None))
+    x, calls = leaf(), torch.tensor(0)
+    counted(x, calls).sum().backward()
+    assert (x.grad.item(), calls.item()) == (2, 1)
+
+
+def test_op_that_mutates_may_have_a_formula(copy_into, wrap):
+    copy_into.register_autograd(lambda ctx, g: (g * 2, None), non_differentiable=["b"])
     x, b = leaf(), torch.zeros(1)
     wrap(lambda x, b: copy_into(x, b))(x, b).sum().backward()
     assert (x.grad.item(), b.item()) == (2, 3)

@@ -1,0 +1,243 @@
+#include "boxed.h"
+
+#include "call.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/boxing/KernelFunction.h>
+#include <ATen/core/stack.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/Exceptions.h>
+
+namespace opkit_core {
+namespace {
+
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+using torch::jit::Stack;
+
+c10::IValue result_value(const Result& result, PyObject* value) {
+  if (value == Py_None) { return {}; }
+  if (result.list) {
+    const Ref items =
+        Ref::steal(PySequence_Fast(value, "an op's kernel returned no list where one is declared"));
+    if (!items) { throw_python_error(); }
+    c10::List<at::Tensor> list;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.get()); ++i) {
+      PyObject* one = PySequence_Fast_GET_ITEM(items.get(), i);
+      TORCH_CHECK(THPVariable_Check(one),
+                  "an op's kernel returned a list with something else than tensors");
+      list.push_back(THPVariable_Unpack(one));
+    }
+    return list;
+  }
+  if (result.kind == Kind::Tensor) {
+    TORCH_CHECK(THPVariable_Check(value),
+                "an op's kernel returned no tensor where one is declared");
+    return THPVariable_Unpack(value);
+  }
+  switch (result.kind) {
+    case Kind::Int: {
+      const int64_t number = PyLong_AsLongLong(value);
+      if (number == -1 && PyErr_Occurred() != nullptr) { throw_python_error(); }
+      return number;
+    }
+    case Kind::Float: return PyFloat_AsDouble(value);
+    default: return PyObject_IsTrue(value) == 1;
+  }
+}
+
+// What the kernels have in common: the op, and the arguments that lie on a stack.
+struct OpKernel : c10::OperatorKernel {
+  explicit OpKernel(std::shared_ptr<Record> record) : record(std::move(record)) {}
+
+  std::shared_ptr<Record> record;
+
+ protected:
+  c10::ArrayRef<c10::IValue> arguments_on(const Stack& stack) const {
+    const size_t count = record->params.size();
+    return c10::ArrayRef<c10::IValue>(stack.data() + stack.size() - count, count);
+  }
+
+  // Puts results in the place of the arguments.
+  void replace(Stack& stack, PyObject* raw) const {
+    std::vector<c10::IValue> values;
+    const auto flat = flat_results(*record, raw);
+    for (size_t i = 0; i < flat.size(); ++i) {
+      values.push_back(result_value(record->results[i], flat[i]));
+    }
+    torch::jit::drop(stack, record->params.size());
+    std::move(values.begin(), values.end(), std::back_inserter(stack));
+  }
+
+  // Runs the kernel of a call that nothing special is about.
+  void run_here(Arguments& arguments, Stack& stack) const {
+    if (!record->mutates && !has_preference()) {
+      const auto known =
+          record->known(arguments.first->device().type(), arguments.first->scalar_type(), false);
+      if (known && known->how == Kernel::Native) {
+        run_known(*known, device_key(*arguments.first), stack);
+        return;
+      }
+    }
+    WithGil gil;
+    TORCH_CHECK(gil.held, record->name, ": the interpreter is gone");
+    Arguments held(std::move(arguments));
+    held.wrap(*record, arguments_on(stack));
+    const auto kernel = select(*record, held);
+    const Returned returned = run(*record, *kernel, held);
+    replace(stack, returned.raw.get());
+  }
+
+  // Runs a native kernel without Python, which is asked only where it fails, for what is wrong with the arguments.
+  void run_known(const Kernel& kernel, DispatchKey key, Stack& stack) const {
+    const size_t count = record->params.size(), base = stack.size() - count;
+    stack.reserve(stack.size() + count);  // moves the tensors that lie on it
+    for (size_t i = 0; i < count; ++i) {
+      stack.push_back(
+          stack[base + i]);  // the kernel takes these, and the others are there if it fails
+    }
+    try {
+      at::AutoDispatchBelowAutograd below;
+      run_native(kernel, key, stack);
+    } catch (const std::exception&) {
+      stack.resize(base + count);
+      explain(kernel, stack);
+      throw;
+    }
+    const auto first = stack.begin() + static_cast<Stack::difference_type>(base);
+    stack.erase(first, first + static_cast<Stack::difference_type>(count));
+  }
+
+  // Throws what Python finds wrong with arguments on which a native kernel failed, if it does.
+  void explain(const Kernel& kernel, const Stack& stack) const {
+    WithGil gil;
+    if (!gil.held) { return; }
+    Arguments arguments;
+    arguments.wrap(*record, arguments_on(stack));
+    const Ref values = arguments.tuple();
+    PyObject* given[] = {kernel.owner.get(), values.get()};
+    const Ref silent = Ref::steal(PyObject_Vectorcall(record->explain.get(), given, 2, nullptr));
+    if (!silent) { throw_python_error(); }
+  }
+
+  // Calls a function of Python with the arguments, after another value if there is one.
+  void call_python(PyObject* function, Stack& stack, const DispatchKeySet* keys) const {
+    WithGil gil;
+    TORCH_CHECK(gil.held, record->name, ": the interpreter is gone");
+    Arguments arguments;
+    arguments.wrap(*record, arguments_on(stack));
+    Ref first;
+    if (keys != nullptr) {
+      first = Ref::steal(PyLong_FromUnsignedLongLong(keys->raw_repr()));
+      arguments.values.insert(arguments.values.begin(), first.get());
+    }
+    const Ref raw = Ref::steal(
+        PyObject_Vectorcall(function, arguments.values.data(), arguments.values.size(), nullptr));
+    if (!raw) { throw_python_error(); }
+    replace(stack, raw.get());
+  }
+};
+
+struct DeviceKernel final : OpKernel {
+  using OpKernel::OpKernel;
+
+  void operator()(const c10::OperatorHandle&, DispatchKeySet, Stack* stack) {
+    DeviceKernel(record).serve(stack);  // the op, and this with it, may go during its own call
+  }
+  void serve(Stack* stack) {
+    Arguments arguments;
+    if (!State::now().ordinary || !arguments.bind(*record, arguments_on(*stack)) ||
+        arguments.first == nullptr) {
+      call_python(record->run.get(), *stack, nullptr);
+    } else {
+      run_here(arguments, *stack);
+    }
+  }
+};
+
+struct AutogradKernel final : OpKernel {
+  using OpKernel::OpKernel;
+
+  void operator()(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    AutogradKernel(record).serve(op, keys, stack);
+  }
+  void serve(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    Arguments arguments;
+    if (!State::now().ordinary || !arguments.bind(*record, arguments_on(*stack))) {
+      call_python(record->twin.get(), *stack, &keys);
+      return;
+    }
+    const bool derive =
+        arguments.requires_grad && c10::GradMode::is_enabled() && !record->results.empty();
+    const bool direct =
+        arguments.first != nullptr && !record->mutates && !is_overridden(*record, *arguments.first);
+    if (!derive && direct) {
+      run_here(arguments, *stack);
+    } else if (!derive) {
+      at::AutoDispatchBelowAutograd below;
+      op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    } else if (!direct) {
+      call_python(record->twin.get(), *stack, &keys);
+    } else {
+      WithGil gil;
+      TORCH_CHECK(gil.held, record->name, ": the interpreter is gone");
+      Arguments held(std::move(arguments));
+      held.wrap(*record, arguments_on(*stack));
+      const auto kernel = select(*record, held);
+      const Returned returned = differentiate(record, *kernel, held);
+      replace(*stack, returned.raw.get());
+    }
+  }
+};
+
+struct VersionKernel final : OpKernel {
+  using OpKernel::OpKernel;
+
+  void operator()(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    const auto given = arguments_on(*stack);
+    for (size_t i = 0; i < given.size(); ++i) {
+      if (record->params[i].mutated) { bump(given[i]); }
+    }
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+
+ private:
+  static void bump(const c10::IValue& value) {
+    if (value.isTensor()) {
+      const at::Tensor& tensor = value.toTensor();
+      if (tensor.defined() && !tensor.is_inference()) {
+        tensor.unsafeGetTensorImpl()->bump_version();
+      }
+    } else if (value.isTensorList()) {
+      for (const at::Tensor& tensor : value.toTensorList()) { bump(tensor); }
+    }
+  }
+};
+
+struct Silent : c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
+}  // namespace
+
+std::vector<c10::RegistrationHandleRAII> register_kernels(const std::shared_ptr<Record>& record) {
+  Silent silent;  // the kernels in Python that were there before are meant to be replaced
+  c10::WarningUtils::WarningHandlerGuard guard(&silent);
+  std::vector<c10::RegistrationHandleRAII> handles;
+  const auto put = [&](DispatchKey key, c10::KernelFunction kernel) {
+    handles.push_back(c10::Dispatcher::singleton().registerImpl(
+        record->op.operator_name(), key, std::move(kernel), std::nullopt, nullptr, "opkit"));
+  };
+  using c10::KernelFunction;
+  put(DispatchKey::CompositeExplicitAutograd,
+      KernelFunction::makeFromBoxedFunctor<DeviceKernel>(std::make_unique<DeviceKernel>(record)));
+  put(DispatchKey::Autograd, KernelFunction::makeFromBoxedFunctor<AutogradKernel>(
+                                 std::make_unique<AutogradKernel>(record)));
+  if (record->mutates) {
+    put(DispatchKey::ADInplaceOrView, KernelFunction::makeFromBoxedFunctor<VersionKernel>(
+                                          std::make_unique<VersionKernel>(record)));
+  }
+  return handles;
+}
+
+}  // namespace opkit_core

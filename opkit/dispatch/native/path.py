@@ -1,0 +1,174 @@
+"""How the calls of one op go: through the core, once it is there, and what the core asks Python.
+
+The core decides nothing by itself. It asks here which kernel takes a kind of call, and remembers the answer; it comes
+here with results that are not plainly what is declared, and with calls that it cannot take.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from opkit.cpp.light import Source
+from opkit.dispatch import native, outputs, preference, select
+from opkit.dispatch.native import description
+from opkit.dispatch.native.description import PlanValue
+from opkit.dispatch.run import Runner
+
+if TYPE_CHECKING:
+    from opkit.dispatch.table import Kernel
+
+_PYTHON, _NATIVE, _RUN = range(3)  # `Kernel::How` in core/record.h
+
+
+class Derivation(NamedTuple):
+    """What Python has to say where an op is differentiated; see `transforms.gradient`, which makes it."""
+
+    node_name: str
+    twin: Callable[..., Any]
+    """The op's autograd kernel in Python, called with the raw dispatch keys and all arguments."""
+    formula: Callable[[], Any]
+    """Gives the formula now registered, as the core takes it."""
+    lost: Callable[..., Any]
+    tracked: Callable[..., Any]
+    again: Callable[..., Any]
+    alone: Callable[..., Any]
+    check: Callable[..., Any]
+    flatten: Callable[..., Any]
+
+
+class Path:
+    """The calls of one op.
+
+    Args:
+        runner: runs calls in Python.
+        run: what the op's kernel is in torch: the runner, or what brings arguments into a layout first.
+        derivation: how the op is differentiated.
+        torch_name: what torch calls the op.
+    """
+
+    def __init__(
+        self, runner: Runner, run: Callable[..., Any], derivation: Derivation, torch_name: str
+    ) -> None:
+        self._runner = runner
+        self._run = run
+        self._derivation = derivation
+        self._torch_name = torch_name
+        self._native: Any = None  # the core's record, with its kernels in torch
+        self._plan: PlanValue | None = None
+        self._op: Any = None
+        self._autocast = False
+        self._lock = threading.Lock()
+
+    def attach(self, op: Any) -> bool:
+        """Send the op's calls through the core, where it is loaded; return whether nothing is left to be done."""
+        native.need()
+        core = native.core()
+        if core is None:
+            return native.is_off()
+        if self._native is None:
+            if not self._lock.acquire(blocking=False):
+                return False  # another thread does it
+            try:
+                self._attach(core, op)
+            finally:
+                self._lock.release()
+        return True
+
+    def _attach(self, core: ModuleType, op: Any) -> None:
+        runner, schema = self._runner, self._runner.schema
+        params, results = description.params(schema), description.results(schema)
+        if params is None or results is None:
+            return
+        declared = runner.meta.plan
+        self._plan = description.plan(declared) if declared is not None else None
+        derivation = self._derivation
+        container = schema.container
+        if preference.is_used():
+            core.expect_preferences()
+        made = core.Native(
+            description.RecordValue(
+                name=schema.name,
+                torch_name=self._torch_name,
+                formula=derivation.formula(),
+                node_name=derivation.node_name,
+                positional=len(schema.positional),
+                params=params,
+                results=results,
+                plan=self._plan,
+                keywords=tuple(p.name for p in schema.keyword_only) or None,
+                container=container,
+                is_tuple=isinstance(container, type) and issubclass(container, tuple),
+                choose=self._choose,
+                run=self._run,
+                conform=self._conform,
+                explain=self._explain,
+                pack=schema.pack,
+                twin=derivation.twin,
+                lost=derivation.lost,
+                tracked=derivation.tracked,
+                again=derivation.again,
+                alone=derivation.alone,
+                check=derivation.check,
+                flatten=derivation.flatten,
+            )
+        )
+        if self._autocast:
+            made.set_autocast()
+        core.seal(type(op))
+        self._native, self._op = made, op
+        made.set_formula(derivation.formula())  # one registered meanwhile
+        made.open(op)
+
+    def formula_changed(self) -> None:
+        """Have the core differentiate by the formula that is registered now."""
+        if self._native is not None:
+            self._native.set_formula(self._derivation.formula())
+
+    def autocast_registered(self) -> None:
+        """Leave calls under autocast to torch's dispatcher, where the op's rule is."""
+        self._autocast = True
+        if self._native is not None:
+            self._native.set_autocast()
+
+    def detach(self) -> None:
+        """Have Python alone serve the op, which goes."""
+        core = native.core()
+        if core is not None and self._native is not None:
+            core.close(self._op)
+        self._native = self._op = None
+
+    # ---------------------------------------------------------------- what the core asks
+
+    def _choose(self, values: tuple[Any, ...]) -> tuple[Kernel, int, Any, Any, bool]:
+        """Return the kernel of a call, how it is called and as what, what to keep for that, and if that lasts."""
+        table = self._runner.table
+        kernel = select.choose(table, values)
+        how, function, kept = self._how(kernel, values)
+        return kernel, how, function, kept, select.is_decided(table, values)
+
+    def _how(self, kernel: Kernel, values: tuple[Any, ...]) -> tuple[int, Any, Any]:
+        runner, declared = self._runner, self._runner.meta.plan
+        if self._run is not runner or type(runner) is not Runner or kernel.inplace:
+            return _RUN, None, None
+        if isinstance(kernel.function, Source):
+            bound = runner.bound(kernel, values)
+            silent = declared is None and runner.meta.function is None and not runner.schema.results
+            if not bound.allocates and (runner.native_plan is not None or silent):
+                return _NATIVE, bound.library.name, bound
+            return _RUN, None, None
+        if runner.meta.function is not None or (declared is not None and self._plan is None):
+            return _RUN, None, None
+        if kernel is runner.table.reference and "deterministic" in select.wanted_now().required:
+            return _RUN, None, None
+        return _PYTHON, kernel.function, None
+
+    def _conform(self, kernel: Kernel, values: tuple[Any, ...], returned: Any) -> Any:
+        metas, device = self._runner.meta.expect(values)
+        return outputs.conform(self._runner.schema, kernel.backend, values, returned, metas, device)
+
+    def _explain(self, kernel: Kernel, values: tuple[Any, ...]) -> None:
+        """Raise what is wrong with a call that failed, if opkit knows; else torch's own error is."""
+        self._runner.explain(kernel, values)
