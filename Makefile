@@ -13,6 +13,8 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PLUGINS := build/test-plugins
+CALLS := tests/dispatch tests/transforms tests/kernels/test_every_op.py tests/kernels/test_rms_norm.py \
+  $(patsubst %,tests/test_%.py,adopt chains op overload prepare refusals registry signatures upstream_pains)
 WHEELS := build/wheels
 CORE := $(BIN)/python -m opkit build --native
 NATIVE := find opkit kernels plugins examples tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null
@@ -42,6 +44,10 @@ test: $(READY) $(PLUGINS)/.ready ## run every test (sets everything up first), o
 	done; \
 	echo "== tests, and the examples in the docstrings"; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
+	[ -n "$(PYTEST_ARGS)" ] || { \
+	  echo "== tests of calls, once more through the native core"; \
+	  OPKIT_NATIVE=1 $(BIN)/python -m pytest $(CALLS) || status=$$?; \
+	}; \
 	exit $$status
 
 lint: $(READY) ## check style and types
@@ -101,6 +107,7 @@ define under
 @OPKIT_CACHE_DIR=$(CURDIR)/build/sanitize-$(firstword $(2)) OPKIT_NATIVE=1 \
   CXX="$(CXX) -fsanitize=$(1) -fno-omit-frame-pointer -g1" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+  TSAN_OPTIONS=suppressions=$(CURDIR)/tests/dispatch/native_tsan.txt \
   LD_PRELOAD="$(foreach name,$(2),$(shell $(CXX) -print-file-name=lib$(name).so))" \
   $(BIN)/python -m pytest -s tests/dispatch/test_native_path.py tests/dispatch/test_native_life.py $(3) $(PYTEST_ARGS)
 endef

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ from opkit.dispatch.meta import Meta
 from opkit.dispatch.native.door import Door
 from opkit.dispatch.native.path import Path
 from opkit.dispatch.validate import runner
-from opkit.errors import DuplicateOpError
+from opkit.errors import DuplicateOpError, OpNotFoundError
 from opkit.spec import refused
 from opkit.spec import schema as schemas
 from opkit.spec.plan import Plan
@@ -468,6 +468,7 @@ class Op(Door, HasKernels[P, R]):
         """Define an overload of the op in torch: the op itself, or a variant that carries a preference."""
         schema, name = self.schema, self.schema.opname + variant
         extra = f"str {gradient.EXTRA}" if variant else ""
+        self._forget_count()  # a further overload changes the hash of what it is kept by
         try:
             _torch.define(self._library, schema.declaration(name, extra), self._tags)
         except RuntimeError as err:
@@ -517,13 +518,17 @@ class Op(Door, HasKernels[P, R]):
         key = f"Autocast{_torch.dispatch_key(device_type)}"
         _torch.implement(self._library, name, self._autocast.kernel(target, device_type), key)
 
-    def _destroy(self) -> None:
-        self._path.detach()
+    def _forget_count(self) -> None:
         if self._count is not None:
             forget_count([target().overloadpacket for _, target in self._defined], self._count)
+
+    def _destroy(self) -> None:
+        self._path.detach()
+        self._forget_count()
         self._sharding.forget([target for _, target in self._defined])
         self._compiled.forget()
         _torch.destroy(self._library)
+        self.__dict__["overload"] = functools.partial(_refuse_removed, self.name)  # torch's handle is freed
 
     def _declared(self) -> tuple[Any, ...]:
         """Return what a graph compiled with the op may have taken from it; `fingerprint` looks into it."""
@@ -541,6 +546,14 @@ class Op(Door, HasKernels[P, R]):
             self._batching.rule,
             self._autocast.dtypes,
         )
+
+
+def _refuse_removed(name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise OpNotFoundError(
+        f"calling {name}: found an op that was removed; expected one that is defined. Define it again, and take it "
+        f"from opkit.get({name!r}).",
+        op=name,
+    )
 
 
 def _restore(module: str, name: str) -> Op[..., Any]:

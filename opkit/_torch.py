@@ -322,9 +322,10 @@ class Straight:
         known = self._known.get(kind)
         if known is None:
             highest = (keyset & after_inplace_or_view).highestPriorityTypeId()
+            # As texts: Dynamo, which in torch 2.11 looks into kernels behind a graph break, fails on the keys.
             plain = highest in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
             has = torch._C._dispatch_has_kernel_for_dispatch_key
-            known = self._known[kind] = plain and not has(self._name, highest)
+            known = self._known[kind] = plain and not has(self._name, highest.name)
         return known and self._cpu not in self._impls and self._cuda not in self._impls
 
 

@@ -349,3 +349,15 @@ if __name__ == "__main__":
 """)
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert run.stdout.strip() == "[[2.0, 2.0], [3.0, 3.0], [1.0, 1.0]]", run.stderr
+
+
+def test_call_of_a_removed_op_is_refused():
+    @opkit.op("t::gone", shapes="n -> n")
+    def gone(x: Tensor) -> Tensor:
+        return x * 2
+
+    for _ in range(2):
+        gone(torch.ones(2))
+    opkit._registry.remove("t::gone")
+    with pytest.raises(opkit.OpNotFoundError, match="calling t::gone: found an op that was removed"):
+        gone(torch.ones(2))

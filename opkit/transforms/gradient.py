@@ -66,7 +66,10 @@ def autograd_kernel(
 
     def forward(ctx: Any, keyset: Any, call: _Call, *flat: Any) -> Any:
         values = tuple(_unflatten(flat, call.lengths)) if nested else flat
-        args, kwargs = schema.split(values) if schema.keyword_only else (values, {})
+        given = tuple(list(v) if isinstance(v, list) else v for v in values) if nested else values
+        args, kwargs = (
+            schema.split(given) if schema.keyword_only else (given, {})
+        )  # kernels may change their lists
         kwargs = {**kwargs, **call.extra} if call.extra else kwargs
         if call.modes is None:
             outputs = schema.flatten(below(keyset, args, kwargs))

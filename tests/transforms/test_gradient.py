@@ -283,3 +283,142 @@ def test_gradient_in_a_list_is_reported_by_its_place():
         opkit.GradientError, match="float 3.0 as the gradient of xs; expected a list of 2, one"
     ):
         total([x, x]).backward()
+
+
+def test_compiled_autograd_takes_the_formula_registered_last():
+    from torch._dynamo import compiled_autograd
+
+    @opkit.op("t::f", shapes="n -> n")
+    def f(x: Tensor) -> Tensor:
+        return x.clone()
+
+    for factor in (2.0, 3.0, 5.0, 7.0, 11.0):
+        f.register_autograd(lambda ctx, grad, factor=factor: grad * factor)
+        x = torch.ones(3, requires_grad=True)
+        with compiled_autograd._enable(torch.compile(backend="aot_eager", dynamic=False)):
+            f(x).sum().backward()
+        assert x.grad.tolist() == [factor] * 3
+
+
+def test_compiled_autograd_knows_lists_by_their_lengths():
+    from torch._dynamo import compiled_autograd
+
+    @opkit.op("t::two", shapes="[n], [n] -> n")
+    def two(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+        return sum(xs) * 2 + sum(ys) * 3
+
+    @opkit.op("t::two_backward", shapes="n, [n], [n] -> [n]:xs, [n]:ys")
+    def two_backward(g: Tensor, xs: list[Tensor], ys: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return [g * 2 for _ in xs], [g * 3 for _ in ys]
+
+    two.register_autograd(two_backward, saves=("xs", "ys"))
+    for counts in ((1, 2), (2, 1), (1, 2)):
+        xs, ys = ([torch.ones(2, requires_grad=True) for _ in range(n)] for n in counts)
+        with compiled_autograd._enable(torch.compile(backend="aot_eager", dynamic=False)):
+            two(xs, ys).sum().backward()
+        assert [x.grad[0].item() for x in xs] == [2] * counts[0]
+        assert [y.grad[0].item() for y in ys] == [3] * counts[1]
+
+
+def test_formula_that_raises_in_compiled_autograd_is_right_afterwards():
+    from torch._dynamo import compiled_autograd
+
+    raising = [True]
+
+    @opkit.op("t::f", shapes="n -> n")
+    def f(x: Tensor) -> Tensor:
+        return x * x
+
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        if raising[0]:
+            raise ValueError("not now")
+        return 2 * grad * x
+
+    f.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    x = torch.full((2,), 3.0, requires_grad=True)
+    y = f(x).sum()
+    with pytest.raises(Exception, match="not now"):  # noqa: SIM117
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            y.backward(retain_graph=True)
+    raising[0] = False
+    x.grad = None
+    y.backward()
+    assert type(x.grad) is Tensor
+    assert x.grad.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("form", ["function", "op"])
+def test_kernel_that_consumes_its_list_changes_no_gradient(form):
+    @opkit.op("t::total", shapes="[n] -> n")
+    def total(xs: list[Tensor]) -> Tensor:
+        result = xs.pop() * 1
+        while xs:
+            result = result + xs.pop()
+        return result
+
+    @opkit.op("t::total_backward", shapes="n, [n] -> [n]:xs")
+    def total_backward(g: Tensor, xs: list[Tensor]) -> list[Tensor]:
+        return [g * 1 for _ in xs]
+
+    if form == "op":
+        total.register_autograd(total_backward, saves=("xs",))
+    else:
+        total.register_autograd(lambda ctx, g: [g] * 2)
+    for _ in range(2):
+        xs = [torch.ones(2, requires_grad=True) for _ in range(2)]
+        total(xs).sum().backward()
+        assert [x.grad.tolist() for x in xs] == [[1, 1], [1, 1]]
+
+
+def test_formula_defined_again_is_the_one_that_is_called():
+    def define(factor):
+        @opkit.op("t::f_backward", shapes="n -> n")
+        def f_backward(g: Tensor) -> Tensor:
+            return g * factor
+
+        return f_backward
+
+    @opkit.op("t::f", shapes="n -> n")
+    def f(x: Tensor) -> Tensor:
+        return x.clone()
+
+    f.register_autograd(define(2))
+
+    def gradient():
+        x = torch.ones(1, requires_grad=True)
+        f(x).sum().backward()
+        return x.grad.item()
+
+    assert [gradient(), gradient()] == [2, 2]
+    kept = f(y := torch.ones(1, requires_grad=True))
+    opkit._registry.remove("t::f_backward")
+    define(3)
+    assert gradient() == 3
+    kept.sum().backward()
+    assert y.grad.item() == 3
+
+
+@pytest.mark.parametrize("through", ["op", "overload"])
+def test_op_may_be_defined_again_in_a_call_of_it(through):
+    from opkit import _registry
+
+    def define(factor):
+        @opkit.op("t::f", shapes="n -> n")
+        def f(x: Tensor) -> Tensor:
+            if again:
+                again.clear()
+                _registry.remove("t::f")
+                define(factor + 1)
+            return x * factor
+
+        return f
+
+    again: list[int] = []
+    f = define(2.0)
+    for _ in range(3):
+        f(torch.ones(2))
+    again.append(1)
+    call = f if through == "op" else torch.ops.t.f
+    assert call(torch.ones(2)).tolist() == [2, 2]
+    assert opkit.get("t::f")(torch.ones(2)).tolist() == [3, 3]

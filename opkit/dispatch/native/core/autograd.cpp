@@ -70,6 +70,7 @@ struct Node : torch::autograd::Node {
     put(output_lengths);
     put(saved_counts);
     for (const auto& options : constant_options) { shape += options ? 'c' : 'd'; }
+    for (size_t i = 0; num_inputs() > 1 && i < num_inputs(); ++i) { put(output_sizes(i)); }
     if (context) { shape += reinterpret_cast<Context*>(context.get())->materialize ? 'm' : 'n'; }
     args.collect(shape);
     for (const SavedVariable& one : saved) { args.collect(one, is_output_[&one - saved.data()]); }
@@ -83,6 +84,8 @@ struct Node : torch::autograd::Node {
     args.collect(bare ? int64_t{0} : calls.fetch_add(1));
   }
 
+  // Puts the call of the formula into the graph, as torch does with C++ autograd functions: it runs where sizes are
+  // known, on a node that has the saved tensors as they are there.
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swapped) override {
     struct Swapped {
@@ -90,7 +93,6 @@ struct Node : torch::autograd::Node {
       torch::dynamo::autograd::SwapSavedVariables& swapped;
       size_t count = 0;
       ~Swapped() {
-        node->compiling_ = false;
         for (size_t i = 0; i < count; ++i) { swapped.after(node->saved[i]); }
       }
     } within{this, swapped};
@@ -98,8 +100,37 @@ struct Node : torch::autograd::Node {
       swapped.before(one);
       ++within.count;
     }
-    compiling_ = true;
-    return apply(variable_list(grads));
+    std::vector<c10::IValue> packed;
+    std::vector<at::TypePtr> schema;
+    std::vector<bool> present;
+    for (size_t i = 0; i < saved.size(); ++i) {
+      const at::Tensor tensor = unpack(i);
+      present.push_back(tensor.defined());
+      if (tensor.defined()) {
+        packed.emplace_back(tensor);
+        schema.push_back(at::TensorType::get());
+      }
+    }
+    const std::shared_ptr<Node> like = captured();
+    const auto run = [like, present](const variable_list& given,
+                                     const std::vector<c10::IValue>& args) {
+      std::vector<at::Tensor> tensors(present.size());
+      size_t at = 0;
+      for (size_t i = 0; i < present.size(); ++i) {
+        if (present[i]) { tensors[i] = args[at++].toTensor(); }
+      }
+      return like->run(std::move(tensors), given);
+    };
+    using torch::dynamo::autograd::get_input_metadata;
+    using torch::dynamo::autograd::IValuePacker;
+    const auto metadata =
+        IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            get_input_metadata(next_edges()));
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    const auto function =
+        compiler->bind_function(swapped.get_py_compiler(), name(), run, schema, true, true);
+    return compiler->call_function(swapped.get_py_compiler(), "apply_functional", function, grads,
+                                   packed, metadata);
   }
 
   void save(const at::Tensor& tensor, bool is_output) {
@@ -107,11 +138,38 @@ struct Node : torch::autograd::Node {
     is_output_.push_back(is_output);
   }
 
-  at::Tensor unpack(size_t i) { return saved[i].unpack(is_output_[i] ? getptr() : NodePtr()); }
+  at::Tensor unpack(size_t i) {
+    return captured_ ? given_[i] : saved[i].unpack(is_output_[i] ? getptr() : NodePtr());
+  }
+
+  size_t saved_count() const { return captured_ ? given_.size() : saved.size(); }
 
  private:
   std::vector<bool> is_output_;
-  bool compiling_ = false;  // by compiled autograd, which is on one thread
+  // Of a node in a graph of compiled autograd, which is in no other graph:
+  bool captured_ = false;
+  std::vector<at::Tensor> given_;            // the saved tensors
+  std::vector<bool> wanted_;                 // for each gradient, whether there is an edge
+  std::vector<std::vector<int64_t>> sizes_;  // of the outputs that have gradients
+  std::vector<at::TensorOptions> options_;
+
+  // Of an output that has a gradient; nothing of another one.
+  std::vector<int64_t> output_sizes(size_t output) const {
+    std::vector<int64_t> sizes;
+    if (!constant_options[output]) {
+      for (const c10::SymInt& size : input_metadata(output).shape_as_dim_vector()) {
+        sizes.push_back(size.guard_int(__FILE__, __LINE__));
+      }
+    }
+    return sizes;
+  }
+
+  bool is_wanted(size_t edge) const {
+    return captured_ ? wanted_[edge] : next_edge(edge).is_valid();
+  }
+  std::shared_ptr<Node> captured();
+  variable_list run(std::vector<at::Tensor> tensors, const variable_list& grads) const;
+  void copy_to(Node& other) const;
 
   variable_list apply_op(variable_list& grads);
   variable_list apply_op_again(variable_list& grads, torch::jit::Stack& stack);
@@ -152,8 +210,8 @@ bool is_differentiable(const at::Tensor& tensor) {
 
 PyObject* unpack_saved(Node* node) {
   HANDLE_TH_ERRORS
-  Ref found = checked_ref(PyTuple_New(static_cast<Py_ssize_t>(node->saved.size())));
-  for (size_t i = 0; i < node->saved.size(); ++i) {
+  Ref found = checked_ref(PyTuple_New(static_cast<Py_ssize_t>(node->saved_count())));
+  for (size_t i = 0; i < node->saved_count(); ++i) {
     const at::Tensor tensor = node->unpack(i);
     PyObject* one = Py_None;
     if (tensor.defined()) {
@@ -171,10 +229,12 @@ at::Tensor Node::zeros(size_t output) const {
   if (constant_options[output]) {
     return at::zeros(constant_sizes[output], *constant_options[output]);
   }
+  if (captured_) { return at::zeros(sizes_[output], options_[output]); }
   return input_metadata(output).zeros_like();
 }
 
 at::Tensor Node::checked(size_t edge, size_t flat, const at::Tensor& grad) {
+  if (captured_) { return is_wanted(edge) ? grad : at::Tensor(); }  // torch checks it in the graph
   const Edge& next = next_edge(edge);
   if (!grad.defined() || !next.is_valid()) { return {}; }
   const auto& meta = next.function->input_metadata(next.input_nr);
@@ -217,6 +277,52 @@ Ref Node::python_lengths() const {
     PyList_SET_ITEM(all.get(), static_cast<Py_ssize_t>(i), one);
   }
   return all;
+}
+
+// Copies all that a formula needs, beside the saved tensors.
+void Node::copy_to(Node& other) const {
+  other.record = record;
+  other.formula = formula;
+  other.values = values;
+  other.saved_counts = saved_counts;
+  other.constant_options = constant_options;
+  other.constant_sizes = constant_sizes;
+  other.lengths = lengths;
+  other.output_lengths = output_lengths;
+  other.captured_ = true;
+  if (!context) { return; }
+  WithGil gil;
+  TORCH_CHECK(gil.held, "the interpreter is gone");
+  const auto* mine = reinterpret_cast<Context*>(context.get());
+  Context* its = new_context(mine->needs);
+  other.context = Kept(Ref::steal(reinterpret_cast<PyObject*>(its)));
+  its->materialize = mine->materialize;
+  Py_XINCREF(mine->attributes);
+  its->attributes = mine->attributes;
+  other.lost = Kept(Ref::borrow(lost.get()));
+}
+
+std::shared_ptr<Node> Node::captured() {
+  auto made = std::make_shared<Node>();
+  copy_to(*made);
+  for (const Edge& edge : next_edges()) { made->wanted_.push_back(edge.is_valid()); }
+  for (size_t i = 0; i < num_inputs(); ++i) {
+    made->sizes_.push_back(output_sizes(i));
+    made->options_.push_back(constant_options[i] ? at::TensorOptions()
+                                                 : input_metadata(i).options());
+  }
+  return made;
+}
+
+// Applies the formula to saved tensors and gradients of a graph.
+variable_list Node::run(std::vector<at::Tensor> tensors, const variable_list& grads) const {
+  auto made = make_node<Node>();
+  copy_to(*made);
+  made->wanted_ = wanted_;
+  made->sizes_ = sizes_;
+  made->options_ = options_;
+  made->given_ = std::move(tensors);
+  return made->apply(variable_list(grads));
 }
 
 variable_list Node::apply_op(variable_list& grads) {
@@ -266,7 +372,7 @@ variable_list Node::apply_op(variable_list& grads) {
     const bool list = lengths[i] >= 0;
     for (int64_t k = 0; k < (list ? count : 1); ++k, ++flat) {
       at::Tensor grad;
-      if (places[i] >= 0 && next_edge(found.size()).is_valid()) {
+      if (places[i] >= 0 && is_wanted(found.size())) {
         const c10::IValue& value = stack[static_cast<size_t>(places[i])];
         if (list && value.isTensorList()) {
           if (value.toTensorList().size() != static_cast<size_t>(count)) { refuse_count(i, value); }
@@ -302,7 +408,7 @@ variable_list Node::apply_op_again(variable_list& grads, torch::jit::Stack& stac
     bool needed = false;
     if (record->params[i].kind == Kind::Tensor) {
       for (int64_t k = 0; k < (lengths[i] >= 0 ? lengths[i] : 1); ++k) {
-        needed = next_edge(edge++).is_valid() || needed;
+        needed = is_wanted(edge++) || needed;
       }
     }
     PyTuple_SET_ITEM(needs.get(), static_cast<Py_ssize_t>(i), PyBool_FromLong(needed));
@@ -327,7 +433,7 @@ void Node::refuse_count(size_t argument, const c10::IValue& found) const {
 
 // Calls a function, which compiled autograd traces, but whose own derivatives are not its business.
 Ref Node::call_outside(PyObject* function, c10::ArrayRef<PyObject*> given) {
-  if (!compiling_) {
+  if (!captured_) {
     return checked_ref(PyObject_Vectorcall(function, given.data(), given.size(), nullptr));
   }
   c10::SmallVector<PyObject*, 8> all{function};
@@ -503,19 +609,21 @@ bool is_among(PyObject* one, PyObject* objects) {
   return false;
 }
 
-// Finds out which saved tensors have no history; nearly always, all of them are arguments, and nothing is asked.
+// Finds out which saved tensors have no history; nearly always, all of them are arguments or outputs that have one.
 void find_lost(Node& node, const Record& record, const Arguments& arguments,
                const Returned& returned, const std::vector<PyObject*>& constant) {
   const auto* context = reinterpret_cast<Context*>(node.context.get());
+  const auto flat = flat_results(record, returned.raw.get());
   bool known = context->is_bare();
   for (Py_ssize_t i = 0; known && context->saved != nullptr && i < PyTuple_GET_SIZE(context->saved);
        ++i) {
     PyObject* one = PyTuple_GET_ITEM(context->saved, i);
-    known =
-        std::find(arguments.values.begin(), arguments.values.end(), one) != arguments.values.end();
+    const auto among = [one](const auto& objects) {
+      return std::find(objects.begin(), objects.end(), one) != objects.end();
+    };
+    known = among(arguments.values) || (among(flat) && !among(constant));
   }
   if (known) { return; }
-  const auto flat = flat_results(record, returned.raw.get());
   const Ref values = arguments.tuple();
   Ref outputs = checked_ref(PyTuple_New(static_cast<Py_ssize_t>(flat.size())));
   for (size_t i = 0; i < flat.size(); ++i) {

@@ -36,11 +36,7 @@ c10::IValue result_value(const Result& result, PyObject* value) {
     return THPVariable_Unpack(value);
   }
   switch (result.kind) {
-    case Kind::Int: {
-      const int64_t number = PyLong_AsLongLong(value);
-      if (number == -1 && PyErr_Occurred() != nullptr) { throw_python_error(); }
-      return number;
-    }
+    case Kind::Int: return int_result(value);
     case Kind::Float: return PyFloat_AsDouble(value);
     default: return PyObject_IsTrue(value) == 1;
   }
@@ -167,8 +163,9 @@ struct AutogradKernel final : OpKernel {
       call_python(record->twin.get(), *stack, &keys);
       return;
     }
-    const bool derive =
-        arguments.requires_grad && c10::GradMode::is_enabled() && !record->results.empty();
+    // Without results there is nothing to derive, but the twin refuses gradients that a mutation would lose.
+    const bool derive = arguments.requires_grad && c10::GradMode::is_enabled() &&
+                        (record->mutates || !record->results.empty());
     const bool direct =
         arguments.first != nullptr && !record->mutates && !is_overridden(*record, *arguments.first);
     if (!derive && direct) {

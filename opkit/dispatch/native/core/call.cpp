@@ -277,13 +277,33 @@ Ref from_ivalue(const c10::IValue& value) {
   return Ref::steal(torch::jit::toPyObject(value).release().ptr());
 }
 
+c10::IValue int_result(PyObject* value) {
+  if (!PyLong_Check(value)) {
+    return torch::jit::toIValue(value, c10::SymIntType::get(), std::nullopt);
+  }
+  const int64_t found = PyLong_AsLongLong(value);
+  if (found == -1 && PyErr_Occurred() != nullptr) { throw_python_error(); }
+  return found;
+}
+
 // ------------------------------------------------------------------ what is in force
+
+namespace {
+
+// The key of tensors with named dimensions, which only torch 2.11 has; its engine excludes it in backward.
+template <typename Key, typename = void>
+constexpr DispatchKeySet kNamed{};
+template <typename Key>
+constexpr DispatchKeySet kNamed<Key, std::void_t<decltype(Key::Named)>> =
+    DispatchKeySet(Key::Named);
+
+}  // namespace
 
 State State::now() {
   const auto local = c10::impl::tls_local_dispatch_key_set();
   constexpr DispatchKeySet autograd =
       c10::autograd_dispatch_keyset | DispatchKeySet(DispatchKey::ADInplaceOrView);
-  constexpr DispatchKeySet handled = autograd | c10::autocast_dispatch_keyset;
+  constexpr DispatchKeySet handled = autograd | c10::autocast_dispatch_keyset | kNamed<DispatchKey>;
   State state;
   state.below_autograd = local.excluded_.has_any(c10::autograd_dispatch_keyset);
   state.autocast = !local.excluded_.isSupersetOf(c10::autocast_dispatch_keyset);
@@ -372,17 +392,14 @@ bool fits(const Arguments& arguments, const OutputMeta* meta, const at::Tensor& 
        tensor.device() != arguments.first->device() || !tensor.is_contiguous())) {
     return false;
   }
+  if (tensor.storage().use_count() == 1) { return true; }  // nearly always: it is nobody else's
   const auto* storage = tensor.storage().unsafeGetStorageImpl();
-  const auto shares = [&](const at::Tensor& other) {
-    return other.has_storage() && other.storage().unsafeGetStorageImpl() == storage;
+  const auto shares = [&](const at::Tensor* other) {
+    return other != nullptr && other->has_storage() &&
+           other->storage().unsafeGetStorageImpl() == storage;
   };
-  for (const at::Tensor* other : arguments.tensors) {
-    if (other != nullptr && shares(*other)) { return false; }
-  }
-  for (const at::Tensor* other : before) {
-    if (shares(*other)) { return false; }
-  }
-  return true;
+  return std::none_of(arguments.tensors.begin(), arguments.tensors.end(), shares) &&
+         std::none_of(before.begin(), before.end(), shares);
 }
 
 // Whether what a kernel returned is what is declared, as far as that can be seen here.
@@ -408,7 +425,12 @@ bool conforms(const Record& record, const Arguments& arguments, c10::ArrayRef<Ou
   }
   c10::SmallVector<const at::Tensor*, 4> before;
   for (size_t i = 0; i < count; ++i) {
-    if (!THPVariable_CheckExact(found.values[i])) { return false; }
+    PyObject* one = found.values[i];
+    if (!THPVariable_CheckExact(one) ||
+        std::count(arguments.values.begin(), arguments.values.end(), one) != 0 ||
+        std::count(found.values.begin(), found.values.end(), one) != 1) {
+      return false;
+    }
     const at::Tensor& tensor = THPVariable_Unpack(found.values[i]);
     if (!fits(arguments, metas.empty() ? nullptr : &metas[i], tensor, before)) { return false; }
     before.push_back(&tensor);

@@ -77,6 +77,8 @@ Returned differentiate(std::shared_ptr<Record> record, const Kernel& kernel, Arg
 
 c10::IValue to_ivalue(const Param& param, PyObject* value);
 Ref from_ivalue(const c10::IValue& value);
+// An int that a kernel or a meta function returned: while an op is traced, a torch.SymInt.
+c10::IValue int_result(PyObject* value);
 
 // The results among what was returned, one for each that is declared.
 c10::SmallVector<PyObject*, 4> flat_results(const Record& record, PyObject* raw);

@@ -51,7 +51,20 @@ void bump(const Record& record, const Arguments& arguments) {
 
 // Whether Dynamo looks at frames of this process: then it must see the call, to compile it.
 bool is_watched() {
-  return _PyInterpreterState_GetEvalFrameFunc(PyInterpreterState_Get()) != _PyEval_EvalFrameDefault;
+  if (_PyInterpreterState_GetEvalFrameFunc(PyInterpreterState_Get()) == _PyEval_EvalFrameDefault) {
+    return false;
+  }
+  // torch leaves its function there after an error under fullgraph=True; without a callback it does nothing.
+  static PyObject* const callback = [] {
+    const Ref dynamo = Ref::steal(PyImport_ImportModule("torch._C._dynamo.eval_frame"));
+    PyObject* found =
+        dynamo ? PyObject_GetAttrString(dynamo.get(), "get_eval_frame_callback") : nullptr;
+    PyErr_Clear();
+    return found;
+  }();
+  const Ref now = callback != nullptr ? Ref::steal(PyObject_CallNoArgs(callback)) : Ref();
+  PyErr_Clear();
+  return now.get() != Py_None;
 }
 
 PyObject* enter(PyObject* self, PyObject* const* args, size_t flags, PyObject* keywords) {
@@ -158,10 +171,27 @@ Entry read_entry(PyObject* object) {
   return entry;
 }
 
+// Whether two entries bind the same names to the same sizes.
+bool is_same(const Entry& one, const Entry& other) {
+  return std::equal(one.dims.begin(), one.dims.end(), other.dims.begin(), other.dims.end(),
+                    [](const Dim& a, const Dim& b) {
+                      const bool fixed = a.kind == Dim::Name || a.kind == Dim::Number ||
+                                         (a.kind == Dim::Star && a.value >= 0);
+                      return fixed && a.kind == b.kind && a.value == b.value;
+                    });
+}
+
 Plan read_plan(PyObject* object) {
   const Reader reader(object);
   Plan plan;
   reader.each("inputs", [&](PyObject* one) { plan.inputs.push_back(read_entry(one)); });
+  for (size_t i = 0; i < plan.inputs.size(); ++i) {
+    for (size_t k = 0; k < i && plan.inputs[i].like < 0; ++k) {
+      if (is_same(plan.inputs[k], plan.inputs[i])) {
+        plan.inputs[i].like = static_cast<int64_t>(plan.inputs[k].place);
+      }
+    }
+  }
   for (const Entry& entry : plan.inputs) {
     plan.late = plan.late || entry.dtype.kind != DtypeRule::None;
     for (const Dim& dim : entry.dims) { plan.late = plan.late || dim.kind == Dim::Expression; }

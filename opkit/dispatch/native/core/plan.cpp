@@ -155,9 +155,11 @@ bool Plan::fits(c10::ArrayRef<const at::Tensor*> tensors, c10::ArrayRef<int64_t>
     } else if (tensor->device() != first->device()) {
       return false;
     }
-    if (!bind(entry, tensor->sizes(), bound) || !among(tensor->scalar_type(), entry.allowed)) {
+    const at::Tensor* like = entry.like < 0 ? nullptr : tensors[entry.like];
+    if (like != nullptr ? tensor->sizes() != like->sizes() : !bind(entry, tensor->sizes(), bound)) {
       return false;
     }
+    if (!entry.allowed.empty() && !among(tensor->scalar_type(), entry.allowed)) { return false; }
   }
   if (first == nullptr) { return false; }
   for (const Entry& entry : late ? c10::ArrayRef<Entry>(inputs) : c10::ArrayRef<Entry>()) {

@@ -40,6 +40,8 @@ struct Entry {
   int64_t star = -1;
   DtypeRule dtype = {};
   std::vector<c10::ScalarType> allowed = {};
+  int64_t like =
+      -1;  // an earlier input whose sizes are to be the same, so that these bind nothing new
 };
 
 struct OutputMeta {
