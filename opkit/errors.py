@@ -39,7 +39,7 @@ class OpkitError(Exception):
     """Something that opkit was asked for cannot be done; the text says what and what to do."""
 
     def __init__(self, message: str, *, op: str | None = None) -> None:
-        self.args = (message,)  # not by super(), which Dynamo cannot trace: torch 2.11 would lose the text
+        super().__init__(message)
         self.op = op
 
 

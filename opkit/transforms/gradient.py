@@ -126,11 +126,12 @@ def autograd_kernel(
         found = _flatten(found, call.outputs) if nested else found
         return found[0] if len(found) == 1 else tuple(found)
 
-    made: list[Callable[..., Any]] = []
+    made: list[tuple[Formula, Callable[..., Any]]] = []
 
     def applier() -> Callable[..., Any]:
         """Return what records a call; made when first needed, as it costs as much as all else in defining an op."""
-        if not made:
+        rule = formula()
+        if not made or made[0][0] is not rule:  # compiled autograd knows formulas by the class
             function: Any = type(
                 schema.opname,  # torch adds Backward
                 (_torch.LevelFunction,),
@@ -140,8 +141,8 @@ def autograd_kernel(
                     "jvp": staticmethod(jvp),
                 },
             )
-            made.append(function.apply)
-        return made[0]
+            made[:] = [(rule, function.apply)]
+        return made[0][1]
 
     def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
         dual = _torch.in_forward_mode() and forward_mode.has_tangents([*args, *kwargs.values()])

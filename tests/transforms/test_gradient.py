@@ -371,19 +371,24 @@ def test_kernel_that_consumes_its_list_changes_no_gradient(form):
         assert [x.grad.tolist() for x in xs] == [[1, 1], [1, 1]]
 
 
-def test_formula_defined_again_is_the_one_that_is_called():
-    def define(factor):
-        @opkit.op("t::f_backward", shapes="n -> n")
-        def f_backward(g: Tensor) -> Tensor:
-            return g * factor
+CELL = """
+@opkit.op("t::f_backward", shapes="n -> n")
+def f_backward(g: Tensor) -> Tensor:
+    return g * {factor}
+"""
 
-        return f_backward
+
+def test_formula_defined_again_is_the_one_that_is_called():
+    def run_cell(factor):
+        names = {"opkit": opkit, "Tensor": Tensor, "__name__": "cell"}
+        exec(compile(CELL.format(factor=factor), "<cell>", "exec"), names)
+        return names["f_backward"]
 
     @opkit.op("t::f", shapes="n -> n")
     def f(x: Tensor) -> Tensor:
         return x.clone()
 
-    f.register_autograd(define(2))
+    f.register_autograd(run_cell(2))
 
     def gradient():
         x = torch.ones(1, requires_grad=True)
@@ -392,8 +397,7 @@ def test_formula_defined_again_is_the_one_that_is_called():
 
     assert [gradient(), gradient()] == [2, 2]
     kept = f(y := torch.ones(1, requires_grad=True))
-    opkit._registry.remove("t::f_backward")
-    define(3)
+    run_cell(3)
     assert gradient() == 3
     kept.sum().backward()
     assert y.grad.item() == 3

@@ -139,7 +139,9 @@ def test_one_tensor_for_two_results_raises_while_compiling():
         out = torch.empty_like(x)
         return twins.into((out, out), x)
 
-    with pytest.raises(Exception, match="expected memory of its own"):
+    # Dynamo of torch 2.11 raises an AssertionError of its own where it resumes at a `raise`.
+    text = "outputs_of" if torch.__version__.startswith("2.11.") else "expected memory of its own"
+    with pytest.raises(Exception, match=text):
         torch.compile(same, backend="aot_eager")(X)
 
 
