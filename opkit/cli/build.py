@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import os
 import sys
@@ -11,8 +10,8 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from opkit.cli import _imports
-from opkit.errors import BackendError, BuildError, OpkitError, OpNotFoundError, did_you_mean
+from opkit.cli import _imports, _ops
+from opkit.errors import BackendError, BuildError, OpkitError
 
 HELP = "compile the native kernels of ops now, for this machine or with nvcc for another one's GPU"
 
@@ -89,16 +88,7 @@ def _kernels(arguments: argparse.Namespace) -> list[tuple[Any, Any]]:
     _imports.run(arguments.imports)
     known = opkit.list_ops()
     if arguments.ops:
-        names = []
-        for pattern in arguments.ops:
-            found = fnmatch.filter(known, pattern)
-            if not found:
-                raise OpNotFoundError(
-                    f"building {pattern}: no op has that name; known are {', '.join(known) or 'none'}."
-                    f"{did_you_mean(pattern, known)} Name the module that defines it with --import.",
-                    op=pattern,
-                )
-            names += found
+        names = _ops.matching(arguments.ops, known, doing="building")
     elif arguments.imports:
         names = [name for name in known if name not in before]
     else:
@@ -108,7 +98,7 @@ def _kernels(arguments: argparse.Namespace) -> list[tuple[Any, Any]]:
         )
     kernels = [
         (opkit.get(name), kernel)
-        for name in dict.fromkeys(names)
+        for name in names
         for kernel in opkit.get(name).native_kernels()
         if not arguments.backend or kernel.backend in arguments.backend
     ]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import inspect
 import json
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from opkit.cli import _imports
-from opkit.errors import OpkitError, OpNotFoundError, did_you_mean
+from opkit.cli import _imports, _ops
+from opkit.errors import OpkitError, did_you_mean
 
 HELP = "build, load and run the kernels that calls will need, so that later processes find them in the cache"
 
@@ -63,17 +62,7 @@ def _wanted(arguments: argparse.Namespace) -> tuple[list[str], dict[str, list[An
     cases = _cases(arguments.cases, arguments.device) if arguments.cases else None
     known = opkit.list_ops()
     if arguments.ops:
-        names: list[str] = []
-        for pattern in arguments.ops:
-            found = fnmatch.filter(known, pattern)
-            if not found:
-                raise OpNotFoundError(
-                    f"preparing {pattern}: no op has that name; known are {', '.join(known) or 'none'}."
-                    f"{did_you_mean(pattern, known)} Name the module that defines it with --import.",
-                    op=pattern,
-                )
-            names += found
-        names = list(dict.fromkeys(names))
+        names = _ops.matching(arguments.ops, known, doing="preparing")
     elif cases is not None:
         names = list(cases)
     elif arguments.imports:

@@ -5,7 +5,7 @@ on is the same; otherwise it reads the header itself. So what is here decides ho
 and not what comes out. Nothing is written beside torch's files.
 
 In the aten tier the headers are found before torch's own by an include folder (`place`). In the stable
-tier, what a unit includes before it says anything else is what is precompiled (`Beginning`).
+tier, what a unit includes before it says anything else is precompiled: `opkit.cpp._preamble`.
 
 `torch/extension.h` is first tried without torch's C++ frontend, which is most of it and which
 kernels do not use; a source that does not compile so is compiled with the whole. What `load_inline`
@@ -22,7 +22,6 @@ import functools
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -86,25 +85,7 @@ _FRONTEND = re.compile(r"\b(?:nn|optim|data|jit|serialize)::|\bTORCH_MODULE\b|\b
 # Words that are no part of what a precompiled header is: gcc compares the macros itself.
 _UNRELATED = ("-D", "-U", "-W")
 _TAKES_VALUE = ("-D", "-U")
-_STABLE = "torch/csrc/stable/"
-# With these it shows in what the compiler says whether a header was precompiled.
-_SHOWING = ("invalid-pch", "-Wsystem-headers")
 _READ = "read.txt"  # beside a precompiled header: the files that it was made of
-_FOLDER = "opkit_headers"  # in that of the unit, where no #include of the user's looks for such a name
-# What may stand among a unit's first #includes and does nothing to them: space, comments, and lines of opkit's own.
-_NOTHING = re.compile(
-    r"""\s | //[^\n]* | /\*.*?\*/
-      | \#[ \t]*(?:line[ \t]|pragma[ \t]+once\b|define[ \t]+OPKIT_)[^\n]*""",
-    re.DOTALL | re.VERBOSE,
-)
-_FIRST = re.compile(r"""\#[ \t]*include[ \t]*(?:<([^>\n]+)>|"([^"\n]+)")""", re.VERBOSE)
-# What includes to no effect what is included already: torch's and the standard's, but for all that is known no other.
-_GUARDED = re.compile(
-    r"torch/.+|\w+|Python\.h"
-    r"|(?:assert|ctype|errno|fenv|float|inttypes|limits|locale|math|setjmp|signal|std\w+|string|time|w?char|wctype)\.h"
-)
-_SPLICE = re.compile(r"\\[ \t\f\v\r]*\n")
-_FAILED_READING = re.compile(r"\bPCH\b|internal compiler error")
 _HIDDEN_FOLDERS = ("CPATH", "CPLUS_INCLUDE_PATH")
 
 
@@ -155,24 +136,25 @@ def place(
         user_folders: where the caller's headers are, those in `user_words` included.
     """
     for header, text in ours.items():
-        _write(folder / header, text)
-    if not _is_gcc(cxx) or any(word.startswith("@") for word in user_words):
+        write_header(folder / header, text)
+    if not is_gcc(cxx) or any(word.startswith("@") for word in user_words):
         return
     if list(words[len(words) - len(user_words) :]) != list(user_words):  # what shells or ninja expand
         return
     if _includes.included_files(user_words):  # then no header of the source's comes first
         return
-    flags = _relevant(words, user_words)
+    flags = relevant_flags(words, user_words)
     for header in sorted(set(headers) - ({NARROWED} - set(ours))):
-        precompiled = _Header(header, _TEXTS[header], cxx, tuple(flags)).second()
-        if precompiled and not _is_shadowed(precompiled, user_folders):
+        precompiled = Header(header, _TEXTS[header], cxx, tuple(flags)).second()
+        if precompiled and not is_shadowed(precompiled, user_folders):
             # Where gcc does not take the precompiled one, it wants the header beside it.
             if header not in ours:
-                _write(folder / header, f"#include_next <{header}>\n")
+                write_header(folder / header, f"#include_next <{header}>\n")
             (folder / f"{header}.gch").symlink_to(precompiled)
 
 
-def _write(path: Path, text: str) -> None:
+def write_header(path: Path, text: str) -> None:
+    """Write a header for gcc to read as one of the system's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#pragma GCC system_header\n{text}")  # so that it warns of nothing
 
@@ -183,7 +165,7 @@ def prepare(extra_cflags: Sequence[str] = (), headers: Sequence[str] = (BINDING,
     Empty for compilers other than gcc, whose precompiled headers opkit does not use.
     """
     cxx = compilers.get_cxx()
-    if not _is_gcc(cxx):
+    if not is_gcc(cxx):
         return []
     with tempfile.TemporaryDirectory() as folder:
         _torch_build.write_build_file(
@@ -200,154 +182,12 @@ def prepare(extra_cflags: Sequence[str] = (), headers: Sequence[str] = (BINDING,
         )
         words = _torch_build.cflags(Path(folder) / "build.ninja")
     user_words = shlex.split(" ".join(extra_cflags))
-    flags = tuple(_relevant(words, user_words))
-    return [_Header(header, _TEXTS[header], cxx, flags).obtain() for header in headers]
+    flags = tuple(relevant_flags(words, user_words))
+    return [Header(header, _TEXTS[header], cxx, flags).obtain() for header in headers]
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """The headers that a unit of the stable tier includes first, up to torch's, for gcc to have read already.
-
-    It is read ahead of the unit, which then includes each of them again, to no effect. They are the same
-    headers in the same order with nothing before them, so nothing changes for what follows.
-    """
-
-    header: _Header
-    user_folders: tuple[Path, ...]
-
-    @classmethod
-    def of(
-        cls,
-        text: str,
-        *,
-        cxx: compilers.Compiler,
-        words: Sequence[str],
-        user_words: Sequence[str],
-        user_folders: Sequence[Path],
-        system_folders: Sequence[Path],
-    ) -> Beginning | None:
-        """Return what `text`, a unit's, begins with; None where that is to be read as it stands.
-
-        Args:
-            text: the unit's text.
-            cxx: the compiler.
-            words: all flags that it gets; the caller's own at the end.
-            user_words: the caller's own flags.
-            user_folders: where the caller's headers are, those in `user_words` included.
-            system_folders: where torch's headers are.
-        """
-        if not _is_gcc(cxx) or any(
-            word.startswith("@") or any(part in word for part in _SHOWING) for word in user_words
-        ):
-            return None
-        if _includes.included_files(user_words):  # they come first
-            return None
-        names = first_headers(text, user_folders)
-        if not names:
-            return None
-        # __FILE__ in torch's headers, which its checks print.
-        homes = [f"{folder}/" for folder in (*system_folders, cxx.path.parent.parent)]
-        maps = [
-            word
-            for word in words[: len(words) - len(user_words)]
-            if word.startswith("-fmacro-prefix-map=")
-            and any(home.startswith(word.partition("=")[2].rpartition("=")[0]) for home in homes)
-        ]
-        flags = (*_relevant(words, user_words), *maps)
-        included = "".join(f"#include <{name}>\n" for name in names)
-        return cls(_Header(names[-1], included, cxx, flags), tuple(user_folders))
-
-    def place(self, folder: Path, unit: str) -> list[str]:
-        """Put the headers into `folder`, the unit's, and return the flags that have them read first.
-
-        No flags where the headers are not precompiled and need not be, as in the first build. Wants -MD beside them.
-        """
-        precompiled = self.header.known()
-        if precompiled is None or _is_shadowed(precompiled, self.user_folders):
-            return []
-        name = f"{_FOLDER}/{unit}.h"
-        _write(folder / name, self.header.text)  # what gcc reads where it does not take the precompiled one
-        (folder / f"{name}.gch").symlink_to(precompiled)
-        # Else the file that the compiler writes would not name what is in the header.
-        return ["-include", name, "-fpch-deps"]
-
-    def remember(self) -> None:
-        """Say that a unit which begins so was compiled: for the next one the headers are precompiled."""
-        with contextlib.suppress(OSError):
-            self.header.note()
-
-
-def remove(folder: Path) -> None:
-    """Remove what `Beginning.place` put into `folder`."""
-    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
-
-
-def set_aside(folder: Path, log: str) -> bool:
-    """Whether a compiler failed over a precompiled header and not the source; the header is then gone.
-
-    gcc below 13 stops where it cannot have the memory that the header was written for.
-    """
-    if not (_FAILED_READING.search(log) and (folder / _FOLDER).is_dir()):
-        return False
-    for file in (folder / _FOLDER).glob("*.gch"):
-        file.unlink(missing_ok=True)
-    return True
-
-
-def first_headers(text: str, user_folders: Sequence[Path]) -> list[str]:
-    """Return the headers that a unit includes before anything else, up to the first of torch's stable ABI.
-
-    Empty where anything else stands before that one, such as a macro or a pragma: it may be meant for torch's
-    headers.
-
-    >>> first_headers("#include <vector>\\n#include <torch/csrc/stable/ops.h>\\nint x;", [])
-    ['vector', 'torch/csrc/stable/ops.h']
-    >>> first_headers("#define X\\n#include <torch/csrc/stable/ops.h>\\n", [])
-    []
-    """
-    found: list[str] = []
-    _follow(text, None, user_folders, found, set())
-    return found if found and found[-1].startswith(_STABLE) else []
-
-
-def _follow(text: str, here: Path | None, folders: Sequence[Path], found: list[str], seen: set[Path]) -> bool:
-    """Add to `found` what `text`, of a file in the folder `here`, includes first; return whether to go on after it."""
-    if "??/" in text:  # a backslash, in old standards
-        return False
-    text, at = _SPLICE.sub("", text), 0
-    while at < len(text):
-        if nothing := _NOTHING.match(text, at):
-            at = nothing.end()
-            continue
-        include = _FIRST.match(text, at)
-        if include is None:
-            return False
-        at = include.end()
-        name = include[1] or include[2]
-        # A quoted name is looked for beside the file first.
-        beside = [here] if here and include[2] else []
-        path = next((p for p in (folder / name for folder in (*beside, *folders)) if p.is_file()), None)
-        if path is None:
-            if not _GUARDED.fullmatch(name):
-                return False
-            found.append(name)
-            if name.startswith(_STABLE):
-                return False
-        else:  # the user's: it is his headers that it includes, in turn
-            if path in seen:
-                return False
-            seen.add(path)
-            try:
-                content = path.read_bytes().decode(errors="replace")
-            except OSError:
-                return False
-            if not _follow(content, path.parent, folders, found, seen):
-                return False
-    return True
-
-
-@dataclass(frozen=True)
-class _Header:
+class Header:
     """A text that only includes headers, with the flags that decide what it is once precompiled."""
 
     name: str
@@ -437,7 +277,7 @@ class _Header:
         return cache.root() / "headers" / self._key
 
 
-def _relevant(words: Sequence[str], user_words: Sequence[str]) -> list[str]:
+def relevant_flags(words: Sequence[str], user_words: Sequence[str]) -> list[str]:
     """Return the flags that decide what a precompiled header is."""
     ours = words[: len(words) - len(user_words)]
     own = [
@@ -452,7 +292,7 @@ def _relevant(words: Sequence[str], user_words: Sequence[str]) -> list[str]:
     return [*own, *theirs]
 
 
-def _is_shadowed(precompiled: Path, folders: Sequence[Path]) -> bool:
+def is_shadowed(precompiled: Path, folders: Sequence[Path]) -> bool:
     """Whether one of `folders` has, for some file of the header, another that the compiler would find first."""
     read = (precompiled.parent / _READ).read_text().splitlines()
     for folder in folders:
@@ -470,6 +310,6 @@ def _is_other(path: Path, known: str) -> bool:
     return path.is_file() and not path.samefile(known)
 
 
-def _is_gcc(cxx: compilers.Compiler) -> bool:
-    # A launcher such as ccache has its own idea of precompiled headers.
+def is_gcc(cxx: compilers.Compiler) -> bool:
+    """Whether it is gcc by itself: a launcher such as ccache has its own idea of precompiled headers."""
     return "Free Software Foundation" in cxx.version and len(cxx.command) == 1

@@ -1,16 +1,13 @@
 """Translation units to one shared library, through the cache, by opkit's own driver.
 
-The library is linked against empty stubs with the names of torch's libraries: what it needs of
-torch is found in the process that loads it, so linking needs no torch and takes no time. What is
-in the units is the business of whoever writes them (`opkit.cpp.light`, `opkit.cpp.extension`).
+What is in the units is the business of whoever writes them (`opkit.cpp.light`, `opkit.cpp.extension`).
+What libraries are linked with is in `opkit.cpp._link`.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
-import hashlib
-import os
 import platform
 import re
 import shlex
@@ -21,17 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opkit.cpp import _depfile, _includes, _jobs, _pch, cache, compilers, diagnostics, prebuilt, toolchain
+from opkit.cpp import (
+    _depfile,
+    _includes,
+    _jobs,
+    _preamble,
+    cache,
+    compilers,
+    diagnostics,
+    prebuilt,
+    toolchain,
+)
 from opkit.cpp import tier as tiers
+from opkit.cpp._link import INCLUDE, glue_object, package_headers, stub_libraries
 from opkit.cpp._progress import Progress, building
 from opkit.cpp._unit import Unit, included_by_path, placed_nowhere, sources
 from opkit.cpp.compilers import Compiler
 from opkit.cpp.toolchain import Options, Toolchain
 from opkit.errors import BuildError
-
-INCLUDE = Path(__file__).parent / "include"
-_GLUE = INCLUDE / "opkit" / "glue.cpp"
-_HEADERS = sorted(f"{folder}/{name}" for folder, _, names in os.walk(INCLUDE) for name in names)
 
 _FORMAT = 3  # raise it when what is built from the same source changes
 _ENTRY = 1  # raise it when a library that was built before could no longer be called
@@ -128,7 +132,7 @@ class Job:
             _FORMAT,
             self.source_key(),
             [placed_nowhere(unit.text) for unit in self.units],
-            _package_headers(),
+            package_headers(),
             cxx.version,
             [(t.flags, c.version, t.architectures()) for t, c in zip(self._toolchains, found, strict=True)],
             self._system.versions,
@@ -149,8 +153,8 @@ class Job:
         for unit in self.units:
             (work.folder / unit.name).write_text(unit.text)
         whole = len(self.units) == 1 and self.units[0].toolchain is toolchain.CPP
-        begun = {unit: beginning for unit in self.units if (beginning := self._beginning(unit))}
-        placed = {unit: beginning.place(work.folder, unit.name) for unit, beginning in begun.items()}
+        preambles = {unit: preamble for unit in self.units if (preamble := self._preamble_of(unit))}
+        placed = {unit: preamble.place(work.folder, unit.name) for unit, preamble in preambles.items()}
         steps = [
             [*self._command(unit), *placed.get(unit, ()), *_dependency_flags(unit)] for unit in self.units
         ]
@@ -174,9 +178,9 @@ class Job:
         for unit in self.units:
             (work.folder / f"{unit.name}.d").unlink(missing_ok=True)
             (work.folder / f"{unit.name}.o").unlink(missing_ok=True)
-        _pch.remove(work.folder)
-        for beginning in set(begun.values()):
-            beginning.remember()
+        _preamble.remove(work.folder)
+        for preamble in set(preambles.values()):
+            preamble.remember()
         return library
 
     def compile_commands(self) -> list[dict[str, Any]]:
@@ -216,16 +220,16 @@ class Job:
         self, work: cache.Workspace, step: list[str], unit: Unit | None
     ) -> subprocess.CompletedProcess[str]:
         if unit is None or unit.toolchain.compile is None:
-            done = _execute(step, folder=work.folder)
-            again = done.returncode and _pch.set_aside(work.folder, done.stdout)
-            return _execute(step, folder=work.folder) if again else done
+            done = compilers.execute(step, folder=work.folder)
+            again = done.returncode and _preamble.set_aside(work.folder, done.stdout)
+            return compilers.execute(step, folder=work.folder) if again else done
         return unit.toolchain.compile(
             work.folder / unit.name,
             work.folder / f"{unit.name}.o",
             options=self._options(unit),
             label=self.label,
             op=self.op,
-            execute=functools.partial(_execute, folder=work.folder),
+            execute=functools.partial(compilers.execute, folder=work.folder),
         )
 
     def _command(self, unit: Unit) -> list[str]:
@@ -250,12 +254,12 @@ class Job:
             architectures=used.architectures(),
         )
 
-    def _beginning(self, unit: Unit) -> _pch.Beginning | None:
+    def _preamble_of(self, unit: Unit) -> _preamble.Preamble | None:
         """Return the headers of torch that the unit begins with, where they may be precompiled."""
         if unit.toolchain is not toolchain.CPP or _keeps_places(self.cflags):
             return None
         cxx = compilers.get_cxx()
-        return _pch.Beginning.of(
+        return _preamble.Preamble.of(
             unit.text,
             cxx=cxx,
             words=self._command(unit)[len(cxx.command) :],
@@ -361,18 +365,6 @@ class Job:
         return scan
 
 
-@functools.cache
-def _package_headers() -> str:
-    """Hash opkit's own headers, which are the same for every kernel of the process."""
-    stamps = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, _HEADERS)]
-
-    def read() -> str:
-        contents = [(path.relative_to(INCLUDE), path.read_bytes()) for path in map(Path, _HEADERS)]
-        return cache.digest(*((str(name), hashlib.sha256(content).hexdigest()) for name, content in contents))
-
-    return compilers.known(("headers", _HEADERS, stamps), read)
-
-
 def _compiler(used: Toolchain) -> Compiler:
     """Return the toolchain's compiler.
 
@@ -394,69 +386,9 @@ def _refuse(used: Toolchain, label: str, op: str | None) -> Any:
     )
 
 
-def _execute(step: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        step,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=compilers.build_environment(folder),
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-
-
 def _keeps_places(flags: Sequence[str]) -> bool:
     return any(flag.startswith(_KEEPS_PLACES) for flag in flags)
 
 
 def _dependency_flags(unit: Unit) -> list[str]:
     return ["-MD", "-MF", f"{unit.name}.d"]
-
-
-def glue_object(cxx: Compiler) -> Path:
-    """Return the bodies of opkit's headers, compiled: what most of compiling a light kernel would be."""
-
-    def build(work: cache.Workspace) -> Path:
-        # -Og, which compiles fastest: little of it is more than a few calls of torch.
-        options = Options(cxx, cxx, (INCLUDE,), (), (), ("-Og", "-ffunction-sections"), (), ())
-        command = [*toolchain.CPP.command(options), "-c", str(_GLUE), "-o", "glue.o"]
-        done = _execute(command, work.folder)
-        if done.returncode:
-            raise diagnostics.failure(done.stdout, label="the glue", command=shlex.join(command))
-        return work.folder / "glue.o"
-
-    def key() -> str:
-        machine = (sys.platform, platform.machine())
-        return cache.digest(_FORMAT, *machine, cxx.version, toolchain.CPP.flags, _package_headers())
-
-    return cache.obtain(key, label="glue", build=build)
-
-
-def stub_libraries(cxx: Compiler, names: Sequence[str]) -> Path:
-    """Return a folder with empty shared libraries called `names`, to link against."""
-    names = sorted(set(names))
-
-    def build(work: cache.Workspace) -> Path:
-        for name in names:
-            command = [
-                *cxx.command,
-                "-shared",
-                "-nostdlib",
-                f"-Wl,-soname,{name}",
-                "-x",
-                "assembler",
-                "/dev/null",
-            ]
-            done = _execute([*command, "-o", name], work.folder)
-            if done.returncode:
-                raise diagnostics.failure(done.stdout, label=f"a stub of {name}", command=shlex.join(command))
-        return work.folder / names[0]
-
-    def key() -> str:
-        return cache.digest(_FORMAT, sys.platform, platform.machine(), cxx.version, tuple(names))
-
-    return cache.obtain(key, label="stubs", build=build).parent

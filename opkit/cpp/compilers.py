@@ -230,6 +230,22 @@ def build_environment(temporary: Path | None = None) -> dict[str, str]:
     }
 
 
+def execute(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a compiler in a build's folder; what it says is all in `stdout`."""
+    return subprocess.run(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=build_environment(folder),
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+
+
 def _device_architectures() -> tuple[str, ...]:
     import torch
 

@@ -108,6 +108,7 @@ class Toolchain:
 
 
 _registered: dict[str, Toolchain] = {}
+_promised: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {}
 
 
 def register(added: Toolchain) -> None:
@@ -143,10 +144,28 @@ def unregister(name: str) -> None:
     _registered.pop(name, None)
 
 
+def promise(name: str, suffixes: Sequence[str], fetch: Callable[[], object]) -> None:
+    """Say that `fetch` will register the toolchain `name`, once it or one of its suffixes is asked for."""
+    _promised[name] = tuple(suffixes), fetch
+
+
+def withdraw(name: str) -> None:
+    """Take back a promise."""
+    _promised.pop(name, None)
+
+
+def _fetch(is_wanted: Callable[[str, tuple[str, ...]], bool]) -> None:
+    for name, (suffixes, fetch) in list(_promised.items()):
+        if is_wanted(name, suffixes):
+            fetch()
+            _promised.pop(name, None)
+
+
 def find(name: str) -> Toolchain | None:
     """Return the toolchain called `name`; plugins are asked where none is known."""
     if name not in _registered:
         _sources.consult_for_kernels()
+        _fetch(lambda promised, _: promised == name)
     return _registered.get(name)
 
 
@@ -154,6 +173,7 @@ def for_suffix(suffix: str) -> Toolchain | None:
     """Return the toolchain that compiles files with `suffix`; plugins are asked where none is known."""
     if suffix not in suffixes():
         _sources.consult_for_kernels()
+        _fetch(lambda _, promised: suffix in promised)
     return next((known for known in _registered.values() if suffix in known.suffixes), None)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opkit.cpp import cache, compile, compilers, toolchain
+from opkit.cpp import _link, cache, compilers, toolchain
 from opkit.cpp._unit import Unit
 from opkit.cpp.compile import Job
 from opkit.errors import BuildError
@@ -267,9 +267,9 @@ def test_an_error_of_nvcc_is_on_the_users_line(tmp_path, monkeypatch):
 
 def test_stub_libraries_are_built_once(cache_dir):
     cxx = compilers.get_cxx()
-    folder = compile.stub_libraries(cxx, ("libtorch_cpu.so", "libtorch_cuda.so"))
+    folder = _link.stub_libraries(cxx, ("libtorch_cpu.so", "libtorch_cuda.so"))
     assert sorted(path.name for path in folder.glob("*.so")) == ["libtorch_cpu.so", "libtorch_cuda.so"]
-    assert compile.stub_libraries(cxx, ("libtorch_cpu.so", "libtorch_cuda.so")) == folder
+    assert _link.stub_libraries(cxx, ("libtorch_cpu.so", "libtorch_cuda.so")) == folder
     assert folder.is_relative_to(cache.root() / "lib")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opkit import _config
-from opkit.cpp import _aten, _jobs, compilers, extension
+from opkit.cpp import _aten, _jobs, _ninja, compilers, extension
 from opkit.cpp._progress import Progress
 from opkit.cpp.extension import load_inline
 from opkit.errors import BuildError, ConfigError
@@ -52,9 +52,9 @@ def cache_dir(tmp_path, monkeypatch):
 def runs(monkeypatch):
     """Every run of ninja."""
     seen = []
-    run = _aten.Job._run_ninja
+    run = _ninja.Build._run_ninja
     monkeypatch.setattr(
-        _aten.Job, "_run_ninja", lambda self, *args: seen.append(self.name) or run(self, *args)
+        _ninja.Build, "_run_ninja", lambda self, *args: seen.append(self.job.name) or run(self, *args)
     )
     return seen
 
@@ -369,11 +369,11 @@ def test_compile_commands_name_each_source_once(source, tmp_path):
 
 def test_jobs_are_bounded_by_cores_and_memory(monkeypatch, source):
     asked = []
-    monkeypatch.setattr(_aten._jobs, "limit", lambda memory_each: asked.append(memory_each) or 3)
+    monkeypatch.setattr(_ninja._jobs, "limit", lambda memory_each: asked.append(memory_each) or 3)
     commands = []
-    run = _aten.Job._run_ninja
+    run = _ninja.Build._run_ninja
     monkeypatch.setattr(
-        _aten.Job,
+        _ninja.Build,
         "_run_ninja",
         lambda self, command, *args: commands.append(command) or run(self, command, *args),
     )

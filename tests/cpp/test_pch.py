@@ -8,11 +8,12 @@ import torch
 from opkit import _torch_build
 from opkit.cpp import _pch, cache, compilers
 from opkit.cpp._aten import Job
+from opkit.cpp._ninja import Build
 from opkit.cpp.extension import build, load_inline
 from opkit.errors import BuildError
 
 pytestmark = pytest.mark.skipif(
-    compilers.find_ninja() is None or compilers.find_cxx() is None or not _pch._is_gcc(compilers.get_cxx()),
+    compilers.find_ninja() is None or compilers.find_cxx() is None or not _pch.is_gcc(compilers.get_cxx()),
     reason="needs gcc and ninja",
 )
 
@@ -39,10 +40,10 @@ def is_used(source=SOURCE, **options):
     """Whether a source that begins with the header compiles against what is precompiled."""
     job = Job.of("f", source, *(options.get(name) for name in FLAGS), None, False, is_module=False)
     with cache.workspace("f", "f") as work:
-        (work.folder / "f_0.cpp").write_text(source)
-        job._write_build_file(work.folder, work.folder)
+        build = Build(job, work.folder)
+        build._write_files(work.folder)
         _torch_build.search_first(work.folder / "build.ninja", work.folder / "headers")
-        job._place_headers(work.folder, job._ways()[0])
+        build._place_headers(build._ways()[0])
         done = subprocess.run([str(compilers.get_ninja())], cwd=work.folder, capture_output=True, text=True)
         assert done.returncode == 0 or "#error plain" in done.stdout, done.stdout
         assert "#error empty" not in done.stdout
@@ -126,9 +127,9 @@ def test_a_folder_with_a_header_of_the_same_name_acts(tmp_path):
 
 def test_a_compiler_behind_a_launcher_and_another_than_gcc_do_without(monkeypatch):
     gcc = compilers.get_cxx()
-    assert _pch._is_gcc(gcc)
-    assert not _pch._is_gcc(compilers.Compiler(gcc.path, gcc.version, ("ccache", "g++")))
-    assert not _pch._is_gcc(compilers.Compiler(gcc.path, "clang version 18.1.3", ("clang++",)))
+    assert _pch.is_gcc(gcc)
+    assert not _pch.is_gcc(compilers.Compiler(gcc.path, gcc.version, ("ccache", "g++")))
+    assert not _pch.is_gcc(compilers.Compiler(gcc.path, "clang version 18.1.3", ("clang++",)))
 
 
 def test_the_first_header_of_a_source():

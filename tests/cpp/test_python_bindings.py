@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from opkit import _config
-from opkit.cpp import _aten, _bindings, _pch, compile, compilers
+from opkit.cpp import _bindings, _link, _ninja, _pch, compilers
 from opkit.cpp.extension import load_inline
 from opkit.errors import BuildError
 
@@ -68,10 +68,8 @@ def built(tmp_path_factory):
     patch.setenv("OPKIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     _config.refresh()
     ways = []
-    place = _aten.Job._place_headers
-    patch.setattr(
-        _aten.Job, "_place_headers", lambda self, folder, way: ways.append(way) or place(self, folder, way)
-    )
+    place = _ninja.Build._place_headers
+    patch.setattr(_ninja.Build, "_place_headers", lambda self, way: ways.append(way) or place(self, way))
     module = load_inline("bound", SOURCE, **FLAGS)
     patch.undo()
     _config.refresh()
@@ -269,15 +267,15 @@ def runs(monkeypatch, tmp_path):
     _config.refresh()
     tried, logs = [], []
 
-    def place(self, folder, way):
+    def place(self, way):
         tried.append("direct" if way.main else "narrow" if way.ours else "whole")
 
     def run(self, *args):
         log = logs.pop(0) if logs else None
         return (1, log) if log else (1, "error: end")
 
-    monkeypatch.setattr(_aten.Job, "_place_headers", place)
-    monkeypatch.setattr(_aten.Job, "_run_ninja", run)
+    monkeypatch.setattr(_ninja.Build, "_place_headers", place)
+    monkeypatch.setattr(_ninja.Build, "_run_ninja", run)
     yield tried, logs
     _config.refresh()
 
@@ -366,7 +364,7 @@ def test_a_type_without_a_caster_gets_pybind11(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_the_header_is_cpp17_as_torch_2_11_compiles():
     folder = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++17", "-fsyntax-only", "-x", "c++", f"-I{compile.INCLUDE}", f"-isystem{folder}"]
+    flags = ["-std=c++17", "-fsyntax-only", "-x", "c++", f"-I{_link.INCLUDE}", f"-isystem{folder}"]
     flags += [f"-isystem{folder}/torch/csrc/api/include", f"-isystem{sysconfig.get_path('include')}"]
     command = [*compilers.get_cxx().command, *flags, "-"]
     done = subprocess.run(command, input="#include <opkit/python.h>\n", capture_output=True, text=True)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 import opkit
 from opkit import _config
-from opkit.cpp import _manifest, _pch, cache, compilers
+from opkit.cpp import _manifest, _pch, _preamble, cache, compilers
 from opkit.errors import BuildError
 
 pytestmark = [
     pytest.mark.skipif(
-        compilers.find_cxx() is None or not _pch._is_gcc(compilers.get_cxx()), reason="needs gcc"
+        compilers.find_cxx() is None or not _pch.is_gcc(compilers.get_cxx()), reason="needs gcc"
     ),
     pytest.mark.usefixtures("cache_dir"),
 ]
@@ -196,7 +196,7 @@ def test_an_edited_header_of_torch_acts(tmp_path):
 
     def read(value: int) -> Path:
         header.write_text(f"#define VALUE {value}\n")
-        found = _pch.Beginning.of(
+        found = _preamble.Preamble.of(
             text, cxx=cxx, words=words, user_words=[], user_folders=[], system_folders=[tmp_path / "system"]
         )
         found.remember()
@@ -218,7 +218,7 @@ def test_names_of_torchs_files_are_those_that_the_flags_make_of_them(tmp_path):
         """Return __FILE__ in the header, as a program has it that is compiled from `folder`."""
         words = ["-std=c++20", "-isystem", str(system), f"-fmacro-prefix-map={folder}/="]
         text = "#include <torch/csrc/stable/mine.h>\nint puts(const char*);\nint main() { puts(place()); }\n"
-        begun = _pch.Beginning.of(
+        begun = _preamble.Preamble.of(
             text, cxx=cxx, words=words, user_words=[], user_folders=[], system_folders=[system]
         )
         begun.remember()
@@ -264,7 +264,7 @@ def test_errors_and_warnings_are_the_same(prepared):
     used, text = said("wrong")
     assert used
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_pch.Beginning, "of", lambda *args, **kwargs: None)
+        patch.setattr(_preamble.Preamble, "of", lambda *args, **kwargs: None)
         assert said("wrongs") == (False, text)
 
 
@@ -328,7 +328,7 @@ def test_other_compilers_do_without():
     gcc = compilers.get_cxx()
 
     def begins(cxx):
-        return _pch.Beginning.of(
+        return _preamble.Preamble.of(
             INCLUDE, cxx=cxx, words=[], user_words=[], user_folders=[], system_folders=[]
         )
 
@@ -378,5 +378,5 @@ def test_the_first_headers_of_a_unit(tmp_path, text, expected):
     (tmp_path / "sets.h").write_text("#define X\n")
     (tmp_path / "itself.h").write_text('#include "itself.h"\n')
     (tmp_path / "list").write_text("int the_users_own;\n")
-    found = [name.removeprefix("torch/csrc/stable/") for name in _pch.first_headers(text, [tmp_path])]
+    found = [name.removeprefix("torch/csrc/stable/") for name in _preamble.first_headers(text, [tmp_path])]
     assert found == expected
