@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from opkit import _make, _registry, _torch
+from opkit import _make, _registry, _torch, _torch_library
 from opkit._declare import place
 from opkit._op import Op
 from opkit.dispatch import select
@@ -130,7 +130,7 @@ class Adopted(Op[..., Any]):
         return made
 
     def _refuse_lost_autograd(self) -> None:
-        if _torch.is_composite(self.original) and self._formula is self._own_formula:
+        if _torch_library.is_composite(self.original) and self._formula is self._own_formula:
             raise RegistrationError(
                 f"registering a kernel for everyone on {self.name}: it is composite, torch differentiates what it "
                 "calls, and a kernel would take its gradient away; expected a formula. Register one first with "
@@ -154,19 +154,19 @@ class Adopted(Op[..., Any]):
 
         if self._theirs is None:
             self._theirs = torch.library.Library(name.split("::")[0], "IMPL")
-        _torch.override(self._theirs, name.split("::")[1], kernel, key)
-        if _torch.is_composite(self.original) and not self._replaced:
+        _torch_library.override(self._theirs, name.split("::")[1], kernel, key)
+        if _torch_library.is_composite(self.original) and not self._replaced:
             autograd = gradient.autograd_kernel(
-                schema, _torch.Overload(*name.split("::")), self._runner, lambda: self._formula,
+                schema, _torch_library.Overload(*name.split("::")), self._runner, lambda: self._formula,
                 lambda: self._tangents or self._formula.tangents, variant=False,
             )  # fmt: skip
-            _torch.override(self._theirs, name.split("::")[1], autograd, "Autograd")
+            _torch_library.override(self._theirs, name.split("::")[1], autograd, "Autograd")
         self._replaced.add(key)
 
     def _destroy(self) -> None:
         super()._destroy()
         if self._theirs is not None:
-            _torch.destroy(self._theirs)
+            _torch_library.destroy(self._theirs)
 
 
 def _find(name: str) -> Any:
@@ -176,7 +176,7 @@ def _find(name: str) -> Any:
     try:
         packet = getattr(getattr(torch.ops, space), opname)
     except (AttributeError, RuntimeError):
-        near = did_you_mean(name, _torch.operators(space))
+        near = did_you_mean(name, _torch_library.operators(space))
         raise OpNotFoundError(
             f"adopting {name}: torch knows no such operator; expected namespace::name of one that is loaded.{near} "
             "Import the library that defines it first.",
@@ -212,7 +212,7 @@ def _differentiated(original: Any, name: str) -> Callable[..., Any]:
     """Return the operator as a formula calls it: where it has no gradient, that is an error, not None."""
 
     def reference(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and not _torch.has_autograd(original):
+        if torch.is_grad_enabled() and not _torch_library.has_autograd(original):
             raise GradientError(
                 f"differentiating {name}: the operator has no gradient of its own, and the Op that adopts it has no "
                 "formula; expected one of them. Register a formula with register_autograd.",

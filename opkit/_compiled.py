@@ -123,8 +123,8 @@ def _fingerprints(graph_module: Any) -> list[tuple[str, str]]:
 
 
 @_torch.constant_while_tracing
-def before_trace(name: str) -> None:
-    """Do what must be done with an op before Dynamo traces a call of it.
+def before_trace(name: str) -> str | None:
+    """Do what must be done with an op before Dynamo traces a call of it; return `preference.traced_inside`.
 
     It keeps its overload, as Dynamo would guard on there being none kept. And one whose results nothing describes is
     refused here: what the meta function raises comes last in what Dynamo says.
@@ -132,6 +132,7 @@ def before_trace(name: str) -> None:
     op = _registry.get(name)
     op.__dict__["overload"] = op._target()
     op._meta.check_traceable()
+    return preference.traced_inside()
 
 
 @_torch.constant_while_tracing

@@ -54,6 +54,16 @@ def traced_code() -> CodeType | None:
     return None if translator is None else translator.output.root_tx.f_code
 
 
+def frame_callback() -> Callable[[], Any]:
+    """Return what gives Dynamo's callback for the frames of this thread: None where it leaves them alone.
+
+    A callable of torch/csrc/dynamo/eval_frame.c, there without the rest of Dynamo.
+    """
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    return get_eval_frame_callback
+
+
 def forget_compiled(code: CodeType) -> None:
     """Have functions with this code compiled anew when they are called (torch/_dynamo/eval_frame.py)."""
     from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import opkit
+from opkit import _registry
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -104,3 +108,86 @@ def test_op_whose_name_has_overloads_of_another_library():
     assert set(torch.ops.t.shared.overloads()) == {"twice", "default"}
     assert torch.equal(torch.ops.t.shared(torch.ones(2)), torch.full((2,), 2.0))
     assert shared.overload is torch.ops.t.shared.default
+
+
+# ---------------------------------------------------------------- calls of the overload itself
+
+
+class Halves(NamedTuple):
+    half: Tensor
+    rest: Tensor
+
+
+@pytest.fixture
+def halves() -> opkit.Op:
+    @opkit.op("t::halves", shapes="*b -> *b, *b")
+    def halves(x: Tensor, part: float = 0.5) -> Halves:
+        return Halves(x * part, x * (1 - part))
+
+    halves.register_autograd(opkit.from_reference)
+    for _ in range(2):
+        halves(torch.ones(2))
+    return halves
+
+
+def test_overload_returns_what_torch_carries(halves):
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    for found in (halves.overload(x), halves.overload(x, part=0.5), torch.ops.t.halves(x)):
+        assert type(found) is tuple
+        assert torch.equal(found[0], x / 2)
+    torch.autograd.gradcheck(halves.overload, (x, 0.25))
+
+
+def test_overload_has_the_hash_it_had_before_the_op_was_called(double):
+    known = {double.overload: "double"}
+    for _ in range(2):
+        double(torch.ones(2))
+    assert known[torch.ops.t.double.default] == "double"
+
+
+def test_overload_refuses_in_the_words_of_torch(halves):
+    with pytest.raises(RuntimeError, match="Expected a value of type 'Tensor' for argument 'x'"):
+        halves.overload("x")
+    with pytest.raises(RuntimeError, match="missing value for argument 'x'"):
+        halves.overload()
+    halves.register_kernel("cpu", lambda x, part: (x, x), backend="wrong", priority=1)
+    with pytest.raises(opkit.OutputError, match="shares storage with argument x"):
+        halves.overload(torch.ones(2))
+
+
+def test_overload_shows_its_calls_to_modes(halves):
+    seen = []
+
+    class Functions(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class Dispatches(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    for mode in (Functions(), Dispatches()):
+        seen.clear()
+        with mode:
+            halves.overload(torch.ones(2))
+        assert halves.overload in seen
+
+
+def test_overload_of_a_removed_op_is_torchs_again(halves):
+    overload = halves.overload
+    own = torch._C._get_operation_overload("t::halves", "")[0]
+    _registry.remove("t::halves")
+    assert type(overload._op) is type(own)
+
+
+def test_overload_holds_no_result(halves):
+    x = torch.ones(2)
+    before = sys.getrefcount(x), sys.getrefcount(None)
+    for _ in range(1000):
+        halves.overload(x)
+        with contextlib.suppress(RuntimeError):
+            halves.overload(x, "wrong")
+    assert sys.getrefcount(x) == before[0]
+    assert abs(sys.getrefcount(None) - before[1]) < 100

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from opkit import _torch
+from opkit import _torch, _torch_library
 from opkit.cpp import diagnostics
 from opkit.errors import BuildError
 from opkit.spec.schema import Schema
@@ -158,7 +158,7 @@ def _define(path: Path, schema: Schema, declaration: str, device: str, unload: b
             )
         withdraw = functools.partial(_UNREGISTER(_ctypes.dlsym(handle, "opkit_unregister")), registered)
     qualified = f"{_NAMESPACE}::{name}"
-    loaded = Loaded(qualified, _torch.overload(qualified))
+    loaded = Loaded(qualified, _torch_library.overload(qualified))
     undefine = functools.partial(shim.aoti_torch_delete_library_object, fragment)
     end = weakref.finalize(loaded, _unload, name, withdraw, undefine, handle if unload else None, path)
     end.atexit = False  # torch may be gone by then

@@ -66,8 +66,9 @@ class Preference(NamedTuple):
 
 # Until a context is first entered, in any thread, no call looks into thread-local storage.
 _used = False
-# Contexts entered by the function that Dynamo is tracing now; empty whenever nothing is traced.
-_traced: list[Preference] = []
+# What `inline` says around compiled functions, and over it the contexts entered by the function that Dynamo is tracing
+# now. As a rule it is empty, and that is all that Dynamo guards on at a call.
+contexts: list[Preference] = []
 # The same for contexts inside of a checkpointed function, where Dynamo refuses a list that changes, and of an
 # exported one, where it warns of it: it calls the functions over this one as it traces, not tracing into them.
 _traced_inside: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
@@ -97,8 +98,7 @@ def requires(name: str) -> bool:
     return _used and name in current().required
 
 
-# What `inline` says around compiled functions. Dynamo guards on it, so it belongs to the process.
-_inline_around = ""
+_inline_around = ""  # of the process, as Dynamo guards on it
 
 
 def inline_around() -> str:
@@ -110,29 +110,23 @@ def set_inline_around(said: str) -> str:
     """Say what is inlined in functions that are compiled or called from now on; return what was said before."""
     global _inline_around
     before, _inline_around = _inline_around, said
+    contexts[:] = [Preference(None, inline=tuple(said.split(",")))] if said else []
     return before
 
 
-def traced() -> str | None:
-    """Return what holds by the contexts in the function that is being compiled or exported, encoded, or None."""
-    entered = _entered()
-    if not _inline_around:
-        return entered
-    around = Preference(None, inline=tuple(_inline_around.split(",")))
-    return (around if entered is None else Preference.decode(entered).over(around)).encode()
+def traced(inside: str | None) -> str | None:
+    """Return what holds for a call in a function that is compiled or exported, encoded; `inside`: `traced_inside`."""
+    return contexts[-1].encode() if inside is None and contexts else inside
 
 
-def _entered() -> str | None:
-    inside = _innermost() if torch.compiler.is_dynamo_compiling() else None
-    if inside is None and _traced:
-        return _traced[-1].encode()
-    return inside
-
-
-@_torch.constant_while_tracing
-def _innermost() -> str | None:
-    entered = _traced_inside.get(_torch.tracing())
+def traced_inside() -> str | None:
+    """Return what holds by the contexts that are entered in a checkpointed or exported function, encoded."""
+    tracing = _torch.tracing()
+    entered = None if tracing is None else _traced_inside.get(tracing)
     return entered[-1] if entered else None
+
+
+_innermost = _torch.constant_while_tracing(traced_inside)
 
 
 @_torch.constant_while_tracing
@@ -200,10 +194,10 @@ class Context:
     def __enter__(self) -> None:
         global _used
         if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
-            entered = _entered()
+            entered = traced(_innermost())
             change = self._change if entered is None else self._change.over(Preference.decode(entered))
             if not torch.compiler.is_dynamo_compiling() or not _enter_inside(change.encode()):
-                _traced.append(change)
+                contexts.append(change)
             return
         if self._change.names:
             check_known(self._change.names)
@@ -220,10 +214,10 @@ class Context:
     ) -> None:
         if torch.compiler.is_dynamo_compiling():
             if not _leave_inside():
-                _traced.pop()
+                contexts.pop()
             return
         if torch.compiler.is_exporting():
-            _traced.pop()
+            contexts.pop()
             return
         _torch.stash(self._before.pop())
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from opkit import _torch
+from opkit import _torch_library
 from opkit.errors import SchemaError
 from opkit.spec import results as forms
 from opkit.spec import types
@@ -53,7 +53,7 @@ def parse(text: str, doing: str) -> Any:
         SchemaError: torch does not parse it.
     """
     try:
-        parsed = _torch.parse_schema(text)
+        parsed = _torch_library.parse_schema(text)
     except (RuntimeError, IndexError) as err:
         said = " ".join(line.strip() for line in str(err).splitlines()[:2] if line.strip())
         raise SchemaError(
@@ -240,5 +240,5 @@ def _default(value: Any, value_type: ValueType) -> Any:
     if value_type.is_list or not isinstance(value, int):
         return value
     if value_type.base == "ScalarType":
-        return _torch.dtype_of(value)
+        return _torch_library.dtype_of(value)
     return {"Layout": torch.strided, "MemoryFormat": torch.contiguous_format}.get(value_type.base, value)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from opkit import _torch
+from opkit import _torch_library
 from opkit.spec import arrays
 from opkit.spec.arrays import Array
 
@@ -160,7 +160,7 @@ class ValueType:
             elif (
                 self.base == "ScalarType"
             ):  # up to torch 2.12 a list of them arrives as numbers (pytorch#178645)
-                value = [_torch.dtype_of(v) if isinstance(v, int) else v for v in value]
+                value = [_torch_library.dtype_of(v) if isinstance(v, int) else v for v in value]
             return tuple(value) if self.is_tuple else value
         return self._restore_one(value)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opkit import _torch
+from opkit import _torch, _torch_library
 from opkit.errors import RegistrationError
 from opkit.spec.plan import Plan
 from opkit.spec.schema import Schema
@@ -55,7 +55,7 @@ class Autocast:
         """Whether a call would now be cast."""
         return any(torch.is_autocast_enabled(device_type) for device_type in self.dtypes)
 
-    def kernel(self, overload: _torch.Overload, device_type: str) -> Callable[..., Any]:
+    def kernel(self, overload: _torch_library.Overload, device_type: str) -> Callable[..., Any]:
         """Return the kernel for the Autocast key of a device, which asks for the registered dtype at every call."""
         schema = self.schema
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from opkit import _torch
+from opkit import _torch_library
 from opkit.errors import RegistrationError
 from opkit.spec.schema import Schema
 
@@ -23,4 +23,4 @@ def check_effects(schema: Schema) -> None:
 
 def keep_calls(library: torch.library.Library, name: str) -> None:
     """Have every call of an overload kept, in order."""
-    _torch.register_effect(library, name)
+    _torch_library.register_effect(library, name)

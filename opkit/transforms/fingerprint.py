@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from opkit import _torch
+from opkit import _torch_library
 
 _LARGEST = 1 << 20  # elements of a tensor whose values are still looked at
 _MOST = 5000  # functions, classes and values in one fingerprint
@@ -203,7 +203,7 @@ class _Walk:
         elif (
             _root(kind.__module__) == "torch"
             and isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Tag))
-        ) or isinstance(value, (_torch.OpOverload, _torch.OpOverloadPacket)):
+        ) or isinstance(value, (_torch_library.OpOverload, _torch_library.OpOverloadPacket)):
             yield str(value)
         elif callable(value) and hasattr(value, "__name__") and _known(value):
             yield value.__name__  # a builtin function
@@ -291,9 +291,9 @@ def of_graph(graph_module: Any, find: Callable[[str], Any]) -> list[tuple[str, s
 def _called(values: Iterable[Any]) -> Iterator[str]:
     """Yield the names of the ops among a node's target and arguments; a higher-order op has them in the latter."""
     for value in values:
-        if isinstance(value, _torch.OpOverload):
+        if isinstance(value, _torch_library.OpOverload):
             yield value._schema.name.partition(OF_OPKIT)[0]
-        elif isinstance(value, _torch.OpOverloadPacket):
+        elif isinstance(value, _torch_library.OpOverloadPacket):
             yield value._qualified_op_name.partition(OF_OPKIT)[0]
         elif isinstance(value, (list, tuple)):
             yield from _called(value)

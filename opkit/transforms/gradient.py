@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opkit import _torch, _torch_compile
-from opkit.dispatch.native.path import Derivation
+from opkit import _torch, _torch_compile, _torch_library
+from opkit.dispatch.native.description import Derivation
 from opkit.errors import GradientError
 from opkit.spec.schema import Schema
 from opkit.transforms import double_backward, forward_mode, mutation
@@ -31,7 +31,7 @@ _NOTHING = (None,) * _FIXED  # their gradients
 
 def autograd_kernel(
     schema: Schema,
-    overload: _torch.Overload,
+    overload: _torch_library.Overload,
     run: Callable[..., Any],
     formula: Callable[[], Formula],
     tangents: Callable[[], Tangents | None],
@@ -55,7 +55,7 @@ def autograd_kernel(
     # A mutating op has a kernel of its own on ADInplaceOrView, for the others the key means nothing.
     mask = _torch.after_autograd if mutates else _torch.after_inplace_or_view
     plain = [i for i, p in enumerate(schema.params) if p.type.base != "Tensor"]
-    straight = _torch.Straight(overload.qualified)
+    straight = _torch_library.Straight(overload.qualified)
     flat_call = _Call([None] * len(schema.params), [None] * len(schema.results))
 
     def below(keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

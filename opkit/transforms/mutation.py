@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from opkit import _torch
+from opkit import _torch, _torch_library
 from opkit.errors import GradientError
 from opkit.spec.schema import Schema, tensors
 from opkit.transforms.formula import Formula, NoFormula
 
 
-def version_kernel(schema: Schema, overload: _torch.Overload, extra: str) -> Callable[..., Any]:
+def version_kernel(schema: Schema, overload: _torch_library.Overload, extra: str) -> Callable[..., Any]:
     """Return the ADInplaceOrView kernel of a mutating op: autograd must see that its inputs changed.
 
     Args:

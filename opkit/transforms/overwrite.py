@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opkit import _torch, _torch_compile
+from opkit import _torch, _torch_compile, _torch_library
 from opkit.dispatch import inplace as inplaces
 from opkit.dispatch import select
 from opkit.dispatch.inplace import Inplace
@@ -151,10 +151,10 @@ class Overwriting:
             return schema.raw([r for i, r in enumerate(results) if i not in within])
 
         qualified = schema.opname + name
-        _torch.define(self._library, own.declaration(qualified), self._tags)
-        target = _torch.Overload(schema.namespace, qualified)
+        _torch_library.define(self._library, own.declaration(qualified), self._tags)
+        target = _torch_library.Overload(schema.namespace, qualified)
         run = self._runner.into(places)
-        _torch.register_meta(self._library, qualified, trace, __file__)
+        _torch_library.register_meta(self._library, qualified, trace, __file__)
         self._library.impl(qualified, run, "CompositeExplicitAutograd")
         kernel = gradient.autograd_kernel(
             own, target, run, lambda: NoFormula(own), lambda: None, variant=False

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from opkit import _torch
+from opkit import _torch_library
 from opkit.errors import NoKernelError, RegistrationError
 from opkit.spec.plan import Plan
 from opkit.spec.schema import Schema, describe
@@ -37,7 +37,7 @@ class Sharding:
         self.plan = plan
         self.rule: Callable[..., Any] | None = None
         self.dims: tuple[str, ...] = ()
-        self._overload: _torch.Overload | None = None
+        self._overload: _torch_library.Overload | None = None
         self._tried = False
         # Replicas of random numbers would differ, mutation would be lost in a redistributed copy, and torch counts
         # the outputs by the schema, in which a list is one.
@@ -120,7 +120,7 @@ class Sharding:
 
     # ---------------------------------------------------------------- torch's side
 
-    def tell_torch(self, overload: _torch.Overload) -> None:
+    def tell_torch(self, overload: _torch_library.Overload) -> None:
         """Register the rule for an overload: now, or as soon as somebody imports DTensor."""
         self._overload = self._overload or overload
         if self.rule is not None or self.is_derived:
@@ -130,12 +130,12 @@ class Sharding:
             else:
                 _watch()
 
-    def forget(self, overloads: Sequence[_torch.Overload]) -> None:
+    def forget(self, overloads: Sequence[_torch_library.Overload]) -> None:
         """Take the rule of overloads back."""
         for overload in overloads:
             _known.pop(overload, None)
             if _DTENSOR in sys.modules:
-                _torch.forget_sharding(overload())
+                _torch_library.forget_sharding(overload())
 
     def strategies(self, *args: Any, **kwargs: Any) -> list[_Strategy]:
         """Return what `torch.distributed.tensor.experimental.register_sharding` asks for: (results, arguments)."""
@@ -304,14 +304,14 @@ def _rank(spec: Any) -> int | None:
 
 # ---------------------------------------------------------------- until DTensor is there
 
-_known: dict[_torch.Overload, Sharding] = {}
+_known: dict[_torch_library.Overload, Sharding] = {}
 
 
-def _hand_over(overload: _torch.Overload, sharding: Sharding) -> None:
+def _hand_over(overload: _torch_library.Overload, sharding: Sharding) -> None:
     schema = sharding.schema
     plain = [i for i, p in enumerate(schema.positional) if p.type.base != "Tensor"]
     names = [p.name for p in schema.keyword_only]
-    _torch.register_sharding(
+    _torch_library.register_sharding(
         overload(), sharding.strategies, plain[0] if plain else len(schema.positional), names
     )
 

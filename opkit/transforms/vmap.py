@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opkit import _torch
+from opkit import _torch, _torch_library
 from opkit.errors import RegistrationError, VmapError, did_you_mean, warn
 from opkit.spec.plan import Plan
 from opkit.spec.schema import Schema, describe, tensors
-from opkit.transforms.batch import Dims, Stars, Trial, differs, sample, without
+from opkit.transforms.batch import Dims, Stars, Trial, differs, without
 from opkit.transforms.gradient import EXTRA
+from opkit.transforms.sequential import Sequential, refuse_shared
 
 CHOICES = {
     "sequential": "one call per sample",
@@ -62,7 +63,7 @@ class Batching:
         self.plan = plan
         self.random = random
         self.ordered = ordered
-        self._trace = trace
+        self._sequential = Sequential(schema, trace)
         self.rule: str | Callable[..., Any] | None = None
         self._stars: Any = _ABSENT
         self._confirmed = False
@@ -131,7 +132,7 @@ class Batching:
         """
         return ("FuncTorchBatched", "FuncTorchVmapMode") if self.random else ("FuncTorchBatched",)
 
-    def kernel(self, overload: _torch.Overload) -> Callable[..., Any]:
+    def kernel(self, overload: _torch_library.Overload) -> Callable[..., Any]:
         """Return the kernel for the dispatch keys of torch.vmap that `keys` names."""
         schema = self.schema
 
@@ -178,7 +179,9 @@ class Batching:
                 return self._by_shape_line(call, star, info, dims, values)
             self._warn_of_loop(names)
         if rule == "sequential" or rule is None:
-            return self._one_by_one(call, info, dims, values)
+            return self._sequential.run(
+                call, int(info.batch_size), dims, values, same_draws=self.random and info.randomness == "same"
+            )
         if rule == "expand":
             values = [self._front(v, d, info, p) for v, d, p in self._each(values, dims)]
         else:
@@ -278,7 +281,7 @@ class Batching:
             return value
         if dim is not None:
             return value.movedim(dim, at)
-        self._refuse_shared(param)
+        refuse_shared(self.schema, param)
         return value.unsqueeze(at).expand(*value.shape[:at], info.batch_size, *value.shape[at:])
 
     def _broadcast(self, values: Sequence[Any], dims: Dims, info: VmapInfo) -> list[Any]:
@@ -305,82 +308,12 @@ class Batching:
             if not isinstance(value, Tensor):
                 return value
             if dim is None or without(value.shape, dim) != tuple(shape):
-                self._refuse_shared(param)
+                refuse_shared(self.schema, param)
             front = value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
             ones = (1,) * (len(shape) + 1 - front.dim())
             return front.reshape(front.shape[0], *ones, *front.shape[1:]).expand(info.batch_size, *shape)
 
         return [spread(v, d, p) for v, d, p in self._each(values, dims)]
-
-    def _refuse_shared(self, param: Any) -> None:
-        if param.mutated:
-            raise VmapError(
-                f"mapping {self.schema.name} with torch.vmap: the op mutates {param.name}, of which there is one for "
-                "all samples; expected one per sample, as each writes its own result. Map over it too (in_dims), "
-                f"with as many copies as samples: {param.name}.expand(...).clone().",
-                op=self.schema.name,
-            )
-
-    def _one_by_one(
-        self, call: Callable[..., Any], info: VmapInfo, dims: Dims, values: Sequence[Any]
-    ) -> tuple[Sequence[Any], Dims]:
-        for _value, dim, param in self._each(values, dims):
-            if param.mutated and not (
-                all(d is not None for d in dim) if isinstance(dim, list) else dim is not None
-            ):
-                self._refuse_shared(param)
-        size = int(info.batch_size)
-        if size == 0:
-            return self._of_none(dims, values)
-        states = _Draws(values) if self.random and info.randomness == "same" else None
-        samples = []
-        for index in range(size):
-            if states is not None:
-                states.restart()
-            samples.append(call([sample(v, d, index) for v, d in zip(values, dims, strict=True)]))
-        names = [r.name for r in self.schema.results]
-        stacked = [
-            self._stack(name, each) for name, each in zip(names, zip(*samples, strict=True), strict=False)
-        ]
-        return stacked, [0] * len(stacked)
-
-    def _stack(self, name: str, each: Sequence[Any]) -> Any:
-        first = each[0]
-        if isinstance(first, (list, tuple)):
-            if len({len(one) for one in each}) > 1:
-                raise self._uneven(name, [f"{len(one)} tensors" for one in each])
-            return [self._stack(name, one) for one in zip(*each, strict=True)]
-        if isinstance(first, Tensor):
-            if any(not isinstance(one, Tensor) or one.shape != first.shape for one in each):
-                raise self._uneven(name, [tuple(o.shape) if isinstance(o, Tensor) else o for o in each])
-            return torch.stack(list(each))
-        if any(one != first for one in each):
-            raise self._uneven(name, each)
-        return first
-
-    def _uneven(self, name: str, found: Sequence[Any]) -> VmapError:
-        different = list(dict.fromkeys(map(str, found)))[:3]
-        return VmapError(
-            f"mapping {self.schema.name} with torch.vmap: its samples returned as {name} {' and '.join(different)}; "
-            "expected the same for every sample, since they become one. Call it in a loop, or have the op return "
-            "tensors of one size.",
-            op=self.schema.name,
-        )
-
-    def _of_none(self, dims: Dims, values: Sequence[Any]) -> tuple[Sequence[Any], Dims]:
-        """Return the outputs for no samples: a shape without data, from the meta function."""
-        one = [sample(v, d, None) for v, d in zip(values, dims, strict=True)]
-        device = next(t.device for t in tensors(values))
-        outputs = self.schema.flatten(self._trace(one))
-
-        def none(output: Any) -> Any:
-            if isinstance(output, (list, tuple)):
-                return [none(o) for o in output]
-            if not isinstance(output, Tensor):
-                return output
-            return torch.empty((0, *output.shape), dtype=output.dtype, device=device)
-
-        return [none(o) for o in outputs], [0] * len(outputs)
 
     def _read(self, returned: Any) -> tuple[Sequence[Any], Dims]:
         """Return the outputs and dimensions that an author's rule returned, one for each result."""
@@ -421,24 +354,6 @@ class Batching:
             f"{expected}. Correct the function given to register_vmap.",
             op=self.schema.name,
         )
-
-
-class _Draws:
-    """The random generators that a call may draw from, which start anew for each sample."""
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        self._devices = {t.device for t in tensors(values)} | {torch.device("cpu")}
-        self._generators = [v for v in values if isinstance(v, torch.Generator)]
-        for device in self._devices:
-            if device.type not in ("cpu", "meta"):
-                module = getattr(torch, device.type)
-                self._generators.append(module.default_generators[device.index or 0])
-        self._generators.append(torch.default_generator)
-        self._states = [g.get_state() for g in self._generators]
-
-    def restart(self) -> None:
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
 
 
 # ---------------------------------------------------------------- arguments with and without a batch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import re
 import sys
 from collections.abc import Callable
@@ -756,7 +757,8 @@ def test_both_twins_and_the_dispatcher_give_one_answer(made, maker, name):
         outcome(around(contextlib.nullcontext), functools.partial(case.call, case.op), case.tensors())
         called = [("call", case.op), ("again", case.op)]
         if ns == "n" and name not in (*TRANSFORMS, *NO_TENSORS):
-            called.append(("overload", functools.partial(through_overload, case.op)))
+            called.append(("overload", functools.partial(through, case.op, case.op.overload)))
+            called.append(("dispatcher", functools.partial(through, case.op, dispatched(case.op))))
         for how, op in called:
             torch.manual_seed(0)
             answers[ns, how] = outcome(state, functools.partial(case.call, op), case.tensors())
@@ -765,8 +767,13 @@ def test_both_twins_and_the_dispatcher_give_one_answer(made, maker, name):
         assert answer == wanted, how
 
 
-def through_overload(op, *args, **kwargs):
-    return op.schema.pack(op.overload(*args, **kwargs))
+def through(op, function, *args, **kwargs):
+    return op.schema.pack(function(*args, **kwargs))
+
+
+def dispatched(op):
+    """What calls torch's dispatcher and nothing else."""
+    return torch._C._get_operation_overload(op.name, "")[0]
 
 
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda m: m.__name__)
@@ -939,9 +946,22 @@ def deletes(ctx, inputs, output):
     del ctx.k
 
 
+def reads_saved(ctx, inputs, output):
+    before = ctx.saved_tensors
+    ctx.save_for_backward(*inputs[:2])
+    ctx.seen = before, ctx.saved_tensors
+
+
+def saves_for_forward(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+    ctx.save_for_forward(inputs[1], None)
+    ctx.k = [one is inputs[1] for one in ctx.saved_tensors]
+
+
 SETUPS = (
     saves_an_int, saves_none, saves_outputs, saves_twice, saves_a_list, saves_what_it_computes, marks, marks_all,
     marks_an_argument, marks_an_int, leaves_them_out, reads_needs, raises, deletes, set_aside(k=3, shape=(1, 2)),
+    reads_saved, saves_for_forward,
 )  # fmt: skip
 
 
@@ -1170,6 +1190,45 @@ def cubed(form):
     return declare
 
 
+def quartered(ns):
+    @opkit.op(f"{ns}::quarter", shapes="n -> n")
+    def quarter(x: Tensor, k: float = 0.25) -> Tensor:
+        return x * k
+
+    @opkit.op(f"{ns}::quarter_backward", shapes="n -> n")
+    def quarter_backward(g: Tensor, k: float) -> Tensor:
+        return g * k
+
+    quarter.register_autograd(quarter_backward, saves=("k",))
+    return quarter
+
+
+def remove_formula(op):
+    _registry.remove(f"{op.name}_backward")
+
+
+def replace_formula(op):
+    @opkit.op(f"{op.name}_backward", shapes="n, n -> n, n")
+    def quarter_backward(g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return g * 1, h * 2
+
+
+@pytest.mark.parametrize("when", ["before the first call", "before backward"])
+@pytest.mark.parametrize("change", [[remove_formula], [remove_formula, replace_formula]], ids=["", "another"])
+def test_formula_that_was_removed_is_refused_by_both(registry, when, change):
+    def state(op):
+        x = values(3).requires_grad_()
+        y = op(x) if when == "before backward" else None
+        for one in change:
+            one(op)
+        y = op(x) if y is None else y
+        return torch.autograd.grad(y.sum(), x)
+
+    kind, text = one_answer(both(registry, quartered, state))
+    assert kind is opkit.OpNotFoundError
+    assert "calling n::quarter_backward: found an op that was removed; expected one that is defined" in text
+
+
 @pytest.mark.parametrize("state", GRAPHS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("form", FORMS)
 def test_graph_is_that_of_the_twin(registry, form, state):
@@ -1350,6 +1409,7 @@ OF_TENSOR = (
 def python_frames(call: Callable[[], Any]) -> list[str]:
     """Return the names of the functions in Python that a call runs."""
     names: list[str] = []
+    gc.collect()  # what other tests left would go meanwhile
     sys.setprofile(lambda frame, event, arg: names.append(frame.f_code.co_name) if event == "call" else None)
     try:
         call()
@@ -1397,24 +1457,21 @@ def test_the_twin_of_this_file_is_in_python(made):
 
 @needs_core
 def test_context_says_what_it_is_not_for(registry):
-    def read(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
-        ctx.saved_tensors  # noqa: B018
+    kept = []
 
     def dirty(ctx, inputs, output):
         ctx.mark_dirty(inputs[0])
 
-    op = with_formula(lambda ctx, g, h: (g, h, None), lambda ctx, inputs, output: None)("n")
+    op = with_formula(lambda ctx, g, h: (g, h, None), lambda ctx, inputs, output: kept.append(ctx))("n")
     x, y = values(3), values(3)
     op(x, y), op(x, y)
     x.requires_grad_()
-    for setup, text in (
-        (
-            read,
-            "reading ctx.saved_tensors: no backward is running for this ctx; expected it inside of the formula",
-        ),
-        (dirty, "saving for backward: found ctx.mark_dirty; expected an op that says what it writes into"),
-    ):
-        op.register_autograd(lambda ctx, g, h: (g, h, None), setup)
-        with pytest.raises(RuntimeError, match=text):
-            op(x, y)
+    results = op(x, y)
+    text = "reading ctx.saved_tensors: no backward is running for this ctx; expected it inside of the formula"
+    with pytest.raises(RuntimeError, match=text):
+        kept[0].saved_tensors  # noqa: B018
+    del results
+    op.register_autograd(lambda ctx, g, h: (g, h, None), dirty)
+    text = "saving for backward: found ctx.mark_dirty; expected an op that says what it writes into"
+    with pytest.raises(RuntimeError, match=text):
+        op(x, y)

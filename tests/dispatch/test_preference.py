@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import opkit
 from opkit import _config
-from opkit.dispatch import preference
+from opkit.dispatch import native, preference, select
 from opkit.dispatch.preference import Preference
 
 pytestmark = pytest.mark.usefixtures("registry")
@@ -64,6 +65,31 @@ def test_first_named_backend_that_fits_is_taken(op):
     op.register_kernel("cpu", lambda x: x + 3, backend="never", when=lambda x: False)
     with opkit.use_backend("never", "two", "one"):
         assert ran(op(T)) == "two"
+
+
+def test_equal_preferences_are_decided_once(op, monkeypatch):
+    x, asked = torch.ones(2), []
+    choose = select.choose
+    monkeypatch.setattr(select, "choose", lambda *args: asked.append(args) or choose(*args))
+
+    def run(enter):
+        with enter():
+            return ran(op(x))
+
+    states = (
+        contextlib.nullcontext,
+        lambda: opkit.use_backend("one"),
+        lambda: opkit.use_backend("two"),
+        lambda: opkit.use_backend("reference", strict=True),
+    )
+    first = [run(state) for state in states * 2][4:]  # the core takes over after the very first call
+    assert first == ["one", "one", "two", "reference"]
+    del asked[:]
+    assert [run(state) for state in states * 3] == first * 3
+    if native.core() is not None:
+        assert not asked
+    op.register_kernel("cpu", lambda x: torch.full_like(x, 2), backend="three", priority=99)
+    assert [run(state) for state in states] == ["two", *first[1:]]
 
 
 def test_backends_that_are_not_named_remain_unless_strict(op):
@@ -180,7 +206,7 @@ def test_use_backend_inside_a_compiled_function_takes_effect(op):
     with opkit.use_backend("reference"):
         assert [ran(r) for r in f(T)] == ["reference", "two", "one", "reference"]
     assert ran(op(T)) == "one"
-    assert not preference._traced
+    assert not preference.contexts
     assert not any(preference._traced_inside.values())
 
 

@@ -378,29 +378,75 @@ def f_backward(g: Tensor) -> Tensor:
 """
 
 
-def test_formula_defined_again_is_the_one_that_is_called():
-    def run_cell(factor):
-        names = {"opkit": opkit, "Tensor": Tensor, "__name__": "cell"}
-        exec(compile(CELL.format(factor=factor), "<cell>", "exec"), names)
-        return names["f_backward"]
+def run_cell(text):
+    names = {"opkit": opkit, "Tensor": Tensor, "__name__": "cell"}
+    exec(compile(text, "<cell>", "exec"), names)
+    return names["f_backward"]
 
+
+@pytest.fixture
+def clone():
     @opkit.op("t::f", shapes="n -> n")
     def f(x: Tensor) -> Tensor:
         return x.clone()
 
-    f.register_autograd(run_cell(2))
+    return f
+
+
+def test_formula_defined_again_is_the_one_that_is_called(clone):
+    clone.register_autograd(run_cell(CELL.format(factor=2)))
 
     def gradient():
         x = torch.ones(1, requires_grad=True)
-        f(x).sum().backward()
+        clone(x).sum().backward()
         return x.grad.item()
 
     assert [gradient(), gradient()] == [2, 2]
-    kept = f(y := torch.ones(1, requires_grad=True))
-    run_cell(3)
+    kept = clone(y := torch.ones(1, requires_grad=True))
+    run_cell(CELL.format(factor=3))
     assert gradient() == 3
     kept.sum().backward()
     assert y.grad.item() == 3
+
+
+def test_formula_defined_again_with_another_default_takes_that(clone):
+    cell = CELL.format(factor="k").replace("g: Tensor", "g: Tensor, k: float = 2.0")
+    clone.register_autograd(run_cell(cell))
+    for default in (2.0, 5.0):
+        run_cell(cell.replace("2.0", str(default)))
+        for _ in range(2):
+            x = torch.ones(1, requires_grad=True)
+            clone(x).sum().backward()
+            assert x.grad.item() == default
+
+
+def test_formula_defined_again_with_another_argument_is_refused(clone):
+    cell = CELL.format(factor=2)
+    clone.register_autograd(run_cell(cell))
+    for _ in range(2):
+        y = clone(torch.ones(1, requires_grad=True))
+    run_cell(cell.replace("g: Tensor", "g: Tensor, k: float"))
+    with pytest.raises(TypeError, match=r"calling t::f_backward: argument 'k' is missing"):
+        y.sum().backward()
+
+
+def test_compiled_autograd_makes_zeros_of_the_size_at_hand():
+    from torch._dynamo import compiled_autograd
+
+    @opkit.op("t::f", shapes="n, m -> n, m:w")
+    def f(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, w.clone()
+
+    def save(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+
+    f.register_autograd(lambda ctx, g, h: (g * 2 + h.numel(), None), save)
+    for size, dtype in ((3, torch.float32), (4, torch.float32), (5, torch.float64), (3, torch.float32)):
+        x = torch.ones(2, requires_grad=True)
+        y, _ = f(x, torch.ones(size, dtype=dtype))
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            y.sum().backward()
+        assert x.grad.tolist() == [2 + size] * 2
 
 
 @pytest.mark.parametrize("through", ["op", "overload"])

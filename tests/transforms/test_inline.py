@@ -73,7 +73,7 @@ def test_inline_switches_calls_on_and_off_in_one_graph():
     calls = re.findall(r"= torch\.ops\.t\.(\w+)", codes[0])
     assert sorted(calls) == ["affine", "other"]
     assert [r[0].item() for r in result] == [3, 3, 5, 3]
-    assert not preference._traced
+    assert not preference.contexts
 
 
 def lambda_of_tensor(x: Tensor) -> Tensor:

@@ -116,13 +116,34 @@ class OpValue(NamedTuple):
     form: int = 0
 
 
+class Derivation(NamedTuple):
+    """What Python has to say where an op is differentiated; see `transforms.gradient`, which makes it."""
+
+    node_name: str
+    twin: Callable[..., Any]
+    """The op's autograd kernel in Python, called with the raw dispatch keys and all arguments."""
+    formula: Callable[[], OpValue | FunctionValue | RuleValue]
+    """Gives the formula now registered."""
+    lost: Callable[..., Any]
+    """Tells which of the tensors that a formula saved have lost their history."""
+    tracked: Callable[..., Any]
+    """Gives a context as the formula must see it where its result is differentiated once more."""
+    again: Callable[..., Any]
+    """Applies a formula that is another op as Python does."""
+    alone: Callable[..., Any]
+    """Calls a function whose own derivatives are not compiled autograd's business."""
+    check: Callable[..., Any]
+    """Raises for a gradient that cannot be that of its argument."""
+    flatten: Callable[..., Any]
+    """Lays gradients flat, or raises for one that is none."""
+
+
 class RecordValue(NamedTuple):
     """An op, and what the core asks Python about it."""
 
     name: str
     torch_name: str
     formula: OpValue | FunctionValue | RuleValue
-    node_name: str
     positional: int
     params: tuple[ParamValue, ...]
     results: tuple[ResultValue, ...]
@@ -135,13 +156,7 @@ class RecordValue(NamedTuple):
     conform: Callable[..., Any]
     explain: Callable[..., Any]
     pack: Callable[..., Any]
-    twin: Callable[..., Any]
-    lost: Callable[..., Any]
-    tracked: Callable[..., Any]
-    again: Callable[..., Any]
-    alone: Callable[..., Any]
-    check: Callable[..., Any]
-    flatten: Callable[..., Any]
+    derivation: Derivation
 
 
 def params(schema: Schema) -> tuple[ParamValue, ...] | None:
@@ -222,8 +237,8 @@ class _Names:
         known = tuple(dim for dim in dims if dim is not None)
         if len(known) != len(dims) or tensors.optional_elements:
             return None
-        rule, kind, value = tensors.dtype, _NO_RULE, 0
-        dtype: Any = value
+        rule, kind = tensors.dtype, _NO_RULE
+        dtype: Any = 0
         if rule is not None:
             if rule.kind == "fixed":
                 kind, dtype = _FIXED, rule.fixed

@@ -6,37 +6,24 @@ here with results that are not plainly what is declared, and with calls that it 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from opkit import _torch_compile
+from opkit._torch_library import Overload
 from opkit.cpp.light import Source
 from opkit.dispatch import native, outputs, preference, select
 from opkit.dispatch.native import description
-from opkit.dispatch.native.description import PlanValue
+from opkit.dispatch.native.description import Derivation, PlanValue
 from opkit.dispatch.run import Runner
 
 if TYPE_CHECKING:
     from opkit.dispatch.table import Kernel
 
 _PYTHON, _NATIVE, _RUN = range(3)  # `Kernel::How` in core/record.h
-
-
-class Derivation(NamedTuple):
-    """What Python has to say where an op is differentiated; see `transforms.gradient`, which makes it."""
-
-    node_name: str
-    twin: Callable[..., Any]
-    """The op's autograd kernel in Python, called with the raw dispatch keys and all arguments."""
-    formula: Callable[[], Any]
-    """Gives the formula now registered, as the core takes it."""
-    lost: Callable[..., Any]
-    tracked: Callable[..., Any]
-    again: Callable[..., Any]
-    alone: Callable[..., Any]
-    check: Callable[..., Any]
-    flatten: Callable[..., Any]
 
 
 class Path:
@@ -46,16 +33,16 @@ class Path:
         runner: runs calls in Python.
         run: what the op's kernel is in torch: the runner, or what brings arguments into a layout first.
         derivation: how the op is differentiated.
-        torch_name: what torch calls the op.
+        overload: the op in torch.
     """
 
     def __init__(
-        self, runner: Runner, run: Callable[..., Any], derivation: Derivation, torch_name: str
+        self, runner: Runner, run: Callable[..., Any], derivation: Derivation, overload: Overload
     ) -> None:
         self._runner = runner
         self._run = run
         self._derivation = derivation
-        self._torch_name = torch_name
+        self._overload = overload
         self._native: Any = None  # the core's record, with its kernels in torch
         self._plan: PlanValue | None = None
         self._op: Any = None
@@ -91,9 +78,8 @@ class Path:
         made = core.Native(
             description.RecordValue(
                 name=schema.name,
-                torch_name=self._torch_name,
+                torch_name=self._overload.qualified,
                 formula=derivation.formula(),
-                node_name=derivation.node_name,
                 positional=len(schema.positional),
                 params=params,
                 results=results,
@@ -106,21 +92,16 @@ class Path:
                 conform=self._conform,
                 explain=self._explain,
                 pack=schema.pack,
-                twin=derivation.twin,
-                lost=derivation.lost,
-                tracked=derivation.tracked,
-                again=derivation.again,
-                alone=derivation.alone,
-                check=derivation.check,
-                flatten=derivation.flatten,
+                derivation=derivation,
             )
         )
         if self._autocast:
             made.set_autocast()
-        core.seal(type(op))
+        core.seal(type(op), _torch_compile.frame_callback())
         self._native, self._op = made, op
         made.set_formula(derivation.formula())  # one registered meanwhile
         made.open(op)
+        self._overload.call_by(functools.partial(core.OverloadCall, made))
 
     def formula_changed(self) -> None:
         """Have the core differentiate by the formula that is registered now."""
@@ -138,6 +119,7 @@ class Path:
         core = native.core()
         if core is not None and self._native is not None:
             core.close(self._op)
+            self._overload.call_by(None)
         self._native = self._op = None
 
     # ---------------------------------------------------------------- what the core asks

@@ -18,9 +18,8 @@ using torch::jit::Stack;
 c10::IValue result_value(const Result& result, PyObject* value) {
   if (value == Py_None) { return {}; }
   if (result.list) {
-    const Ref items =
-        Ref::steal(PySequence_Fast(value, "an op's kernel returned no list where one is declared"));
-    if (!items) { throw_python_error(); }
+    const Ref items = checked_ref(
+        PySequence_Fast(value, "an op's kernel returned no list where one is declared"));
     c10::List<at::Tensor> list;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.get()); ++i) {
       PyObject* one = PySequence_Fast_GET_ITEM(items.get(), i);
@@ -69,17 +68,17 @@ struct OpKernel : c10::OperatorKernel {
   void run_here(Arguments& arguments, Stack& stack) const {
     if (!record->mutates && !has_preference()) {
       const auto known =
-          record->known(arguments.first->device().type(), arguments.first->scalar_type(), false);
+          record->known_by_all(arguments.first->device().type(), arguments.first->scalar_type());
       if (known && known->how == Kernel::Native) {
         run_known(*known, device_key(*arguments.first), stack);
         return;
       }
     }
-    WithGil gil;
-    TORCH_CHECK(gil.held, record->name, ": the interpreter is gone");
+    const InPython within;
     Arguments held(std::move(arguments));
     held.wrap(*record, arguments_on(stack));
-    const auto kernel = select(*record, held);
+    const Calling calling(*record);
+    const Chosen kernel = select(*record, held);
     const Returned returned = run(*record, *kernel, held);
     replace(stack, returned.raw.get());
   }
@@ -111,15 +110,12 @@ struct OpKernel : c10::OperatorKernel {
     Arguments arguments;
     arguments.wrap(*record, arguments_on(stack));
     const Ref values = arguments.tuple();
-    PyObject* given[] = {kernel.owner.get(), values.get()};
-    const Ref silent = Ref::steal(PyObject_Vectorcall(record->explain.get(), given, 2, nullptr));
-    if (!silent) { throw_python_error(); }
+    called(record->explain.get(), {kernel.owner.get(), values.get()});
   }
 
   // Calls a function of Python with the arguments, after another value if there is one.
   void call_python(PyObject* function, Stack& stack, const DispatchKeySet* keys) const {
-    WithGil gil;
-    TORCH_CHECK(gil.held, record->name, ": the interpreter is gone");
+    const InPython within;
     Arguments arguments;
     arguments.wrap(*record, arguments_on(stack));
     Ref first;
@@ -127,9 +123,7 @@ struct OpKernel : c10::OperatorKernel {
       first = Ref::steal(PyLong_FromUnsignedLongLong(keys->raw_repr()));
       arguments.values.insert(arguments.values.begin(), first.get());
     }
-    const Ref raw = Ref::steal(
-        PyObject_Vectorcall(function, arguments.values.data(), arguments.values.size(), nullptr));
-    if (!raw) { throw_python_error(); }
+    const Ref raw = called(function, arguments.values);
     replace(stack, raw.get());
   }
 };
@@ -176,11 +170,11 @@ struct AutogradKernel final : OpKernel {
     } else if (!direct) {
       call_python(record->twin.get(), *stack, &keys);
     } else {
-      WithGil gil;
-      TORCH_CHECK(gil.held, record->name, ": the interpreter is gone");
+      const InPython within;
       Arguments held(std::move(arguments));
       held.wrap(*record, arguments_on(*stack));
-      const auto kernel = select(*record, held);
+      const Calling calling(*record);
+      const Chosen kernel = select(*record, held);
       const Returned returned = differentiate(record, *kernel, held);
       replace(*stack, returned.raw.get());
     }
@@ -193,18 +187,15 @@ struct VersionKernel final : OpKernel {
   void operator()(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
     const auto given = arguments_on(*stack);
     for (size_t i = 0; i < given.size(); ++i) {
-      if (record->params[i].mutated) { bump(given[i]); }
+      if (record->params[i].mutated) { bump_all(given[i]); }
     }
     op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
   }
 
  private:
-  static void bump(const c10::IValue& value) {
+  static void bump_all(const c10::IValue& value) {
     if (value.isTensor()) {
-      const at::Tensor& tensor = value.toTensor();
-      if (tensor.defined() && !tensor.is_inference()) {
-        tensor.unsafeGetTensorImpl()->bump_version();
-      }
+      if (value.toTensor().defined()) { bump(value.toTensor()); }
     } else if (value.isTensorList()) {
       for (const at::Tensor& tensor : value.toTensorList()) { bump(tensor); }
     }

@@ -1,7 +1,5 @@
 #include "context.h"
 
-#include "call.h"
-
 #include <structmember.h>
 
 #include <cstddef>
@@ -31,8 +29,8 @@ PyObject* save_for_backward(PyObject* self, PyObject* args) {
   return keep(cast(self)->saved, args);
 }
 
-PyObject* save_for_forward(PyObject*, PyObject*) {
-  Py_RETURN_NONE;  // forward mode goes another way, with a context of its own
+PyObject* save_for_forward(PyObject* self, PyObject* args) {
+  return keep(cast(self)->forward, args);
 }
 
 PyObject* mark_non_differentiable(PyObject* self, PyObject* args) {
@@ -63,8 +61,17 @@ PyObject* set_materialize_grads(PyObject* self, PyObject* value) {
   Py_RETURN_NONE;
 }
 
+PyObject* field(PyObject* value) {
+  PyObject* found = value == nullptr ? Py_None : value;
+  Py_INCREF(found);
+  return found;
+}
+
 PyObject* saved_tensors(PyObject* self, void*) {
   Context* context = cast(self);
+  if (!context->is_closed) {  // as torch has it: nothing is saved yet, but for forward mode
+    return context->forward != nullptr ? field(context->forward) : PyTuple_New(0);
+  }
   if (context->node == nullptr) {
     PyErr_SetString(PyExc_RuntimeError,
                     "reading ctx.saved_tensors: no backward is running for this ctx; expected it "
@@ -73,12 +80,6 @@ PyObject* saved_tensors(PyObject* self, void*) {
     return nullptr;
   }
   return unpack_saved(context->node);
-}
-
-PyObject* field(PyObject* value) {
-  PyObject* found = value == nullptr ? Py_None : value;
-  Py_INCREF(found);
-  return found;
 }
 
 PyObject* to_save(PyObject* self, void*) { return field(cast(self)->saved); }
@@ -116,6 +117,7 @@ PyGetSetDef properties[] = {
 int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(cast(self)->attributes);
   Py_VISIT(cast(self)->saved);
+  Py_VISIT(cast(self)->forward);
   Py_VISIT(cast(self)->needs);
   Py_VISIT(cast(self)->constant);
   return 0;
@@ -124,6 +126,7 @@ int traverse(PyObject* self, visitproc visit, void* arg) {
 int clear(PyObject* self) {
   Py_CLEAR(cast(self)->attributes);
   Py_CLEAR(cast(self)->saved);
+  Py_CLEAR(cast(self)->forward);
   Py_CLEAR(cast(self)->needs);
   Py_CLEAR(cast(self)->constant);
   return 0;
@@ -156,13 +159,27 @@ PyTypeObject make_type() {
 
 PyTypeObject ContextType = make_type();
 
-Context* new_context(PyObject* needs) {
-  auto* context = reinterpret_cast<Context*>(ContextType.tp_alloc(&ContextType, 0));
-  if (context == nullptr) { throw_python_error(); }
+Ref new_context(PyObject* needs) {
+  Ref made = checked_ref(ContextType.tp_alloc(&ContextType, 0));
   Py_INCREF(needs);
-  context->needs = needs;
-  context->materialize = true;
-  return context;
+  cast(made.get())->needs = needs;
+  cast(made.get())->materialize = true;
+  return made;
+}
+
+Ref copy_of(const Context* context) {
+  Ref made = new_context(context->needs);
+  Py_XINCREF(context->attributes);
+  cast(made.get())->attributes = context->attributes;
+  cast(made.get())->materialize = context->materialize;
+  cast(made.get())->is_closed = true;
+  return made;
+}
+
+void close_context(Context* context) {
+  context->is_closed = true;
+  Py_CLEAR(context->saved);
+  Py_CLEAR(context->forward);
 }
 
 }  // namespace opkit_core

@@ -3,10 +3,10 @@
 #include "boxed.h"
 #include "call.h"
 #include "context.h"
+#include "description.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/GradMode.h>
-#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/version.h>
 
@@ -27,7 +27,8 @@ struct Door {
   Native* native;
 };
 
-PyObject* slow_call = nullptr;  // Op.__call__
+PyObject* slow_call = nullptr;       // Op.__call__
+PyObject* frame_callback = nullptr;  // gives what Dynamo does with frames
 
 PyObject* step_aside(PyObject* self, PyObject* const* args, size_t flags, PyObject* keywords) {
   const auto count = PyVectorcall_NARGS(flags);
@@ -39,34 +40,41 @@ PyObject* step_aside(PyObject* self, PyObject* const* args, size_t flags, PyObje
                              keywords);
 }
 
-// Raises the version counters of what the op writes into.
-void bump(const Record& record, const Arguments& arguments) {
-  for (size_t i = 0; i < record.params.size(); ++i) {
-    if (!record.params[i].mutated) { continue; }
-    if (arguments.tensors[i] != nullptr && !arguments.tensors[i]->is_inference()) {
-      arguments.tensors[i]->unsafeGetTensorImpl()->bump_version();
-    }
-  }
-}
-
 // Whether Dynamo looks at frames of this process: then it must see the call, to compile it.
 bool is_watched() {
   if (_PyInterpreterState_GetEvalFrameFunc(PyInterpreterState_Get()) == _PyEval_EvalFrameDefault) {
     return false;
   }
   // torch leaves its function there after an error under fullgraph=True; without a callback it does nothing.
-  static PyObject* const callback = [] {
-    const Ref dynamo = Ref::steal(PyImport_ImportModule("torch._C._dynamo.eval_frame"));
-    PyObject* found =
-        dynamo ? PyObject_GetAttrString(dynamo.get(), "get_eval_frame_callback") : nullptr;
-    PyErr_Clear();
-    return found;
-  }();
-  const Ref now = callback != nullptr ? Ref::steal(PyObject_CallNoArgs(callback)) : Ref();
+  const Ref now = Ref::steal(PyObject_CallNoArgs(frame_callback));
   PyErr_Clear();
   return now.get() != Py_None;
 }
 
+// Runs a call, unless something special is about it.
+bool serve(const std::shared_ptr<Record>& record, const State& state, PyObject* const* args,
+           size_t flags, PyObject* keywords, Returned& returned) {
+  Arguments arguments;
+  if (!arguments.bind(*record, args, static_cast<size_t>(PyVectorcall_NARGS(flags)), keywords) ||
+      arguments.first == nullptr || is_overridden(*record, *arguments.first) ||
+      (state.autocast && record->autocast) ||
+      (record->mutates && (arguments.requires_grad || record->tensor_lists))) {
+    return false;
+  }
+  const bool derive = arguments.requires_grad && !state.below_autograd &&
+                      c10::GradMode::is_enabled() && !record->results.empty();
+  const Calling calling(*record);
+  const Chosen kernel = select(*record, arguments);
+  for (size_t i = 0; record->mutates && i < record->params.size(); ++i) {
+    if (record->params[i].mutated && arguments.tensors[i] != nullptr) {
+      bump(*arguments.tensors[i]);
+    }
+  }
+  returned = derive ? differentiate(record, *kernel, arguments) : run(*record, *kernel, arguments);
+  return true;
+}
+
+// Calls an op.
 PyObject* enter(PyObject* self, PyObject* const* args, size_t flags, PyObject* keywords) {
   const State state = State::now();
   if (!state.ordinary || is_observed() || is_watched()) {
@@ -76,222 +84,72 @@ PyObject* enter(PyObject* self, PyObject* const* args, size_t flags, PyObject* k
     Native* native = reinterpret_cast<Door*>(self)->native;
     const Ref alive =
         Ref::borrow(reinterpret_cast<PyObject*>(native));  // the op may go in its own call
-    const std::shared_ptr<Record>& record = native->record;
-    Arguments arguments;
-    if (!arguments.bind(*record, args, static_cast<size_t>(PyVectorcall_NARGS(flags)), keywords) ||
-        arguments.first == nullptr || is_overridden(*record, *arguments.first) ||
-        (state.autocast && record->autocast)) {
-      return step_aside(self, args, flags, keywords);
+    Returned returned;
+    if (serve(native->record, state, args, flags, keywords, returned)) {
+      return returned.whole.release();
     }
-    const bool derive = arguments.requires_grad && !state.below_autograd &&
-                        c10::GradMode::is_enabled() && !record->results.empty();
-    if (record->mutates && (arguments.requires_grad || record->tensor_lists)) {
-      return step_aside(self, args, flags, keywords);
-    }
-    const auto kernel = select(*record, arguments);
-    if (derive) { return differentiate(record, *kernel, arguments).whole.release(); }
-    if (record->mutates) { bump(*record, arguments); }
-    return run(*record, *kernel, arguments).whole.release();
   } catch (const std::exception&) {
     torch::translate_exception_to_python(std::current_exception());
     return nullptr;
   }
+  return step_aside(self, args, flags, keywords);
 }
 
-// ------------------------------------------------------------------ describing
+// ------------------------------------------------------------------ the type of what an overload calls
 
-// Reads attributes of what Python describes an op with; throws with Python's error set.
-class Reader {
- public:
-  explicit Reader(PyObject* object) : object_(object) {}
-
-  Ref get(const char* name) const {
-    Ref found = Ref::steal(PyObject_GetAttrString(object_, name));
-    if (!found) { throw_python_error(); }
-    return found;
-  }
-  std::string text(const char* name) const {
-    const Ref found = get(name);
-    const char* characters = PyUnicode_AsUTF8(found.get());
-    if (characters == nullptr) { throw_python_error(); }
-    return characters;
-  }
-  int64_t number(const char* name) const { return number(get(name).get()); }
-  bool truth(const char* name) const { return PyObject_IsTrue(get(name).get()) == 1; }
-  template <typename F>
-  void each(const char* name, F visit) const {
-    const Ref items = get(name);
-    each(items.get(), visit);
-  }
-  template <typename F>
-  static void each(PyObject* items, F visit) {
-    const Ref list = Ref::steal(PySequence_Fast(items, "expected a sequence"));
-    if (!list) { throw_python_error(); }
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list.get()); ++i) {
-      visit(PySequence_Fast_GET_ITEM(list.get(), i));
-    }
-  }
-  static int64_t number(PyObject* object) {
-    const int64_t value = PyLong_AsLongLong(object);
-    if (value == -1 && PyErr_Occurred() != nullptr) { throw_python_error(); }
-    return value;
-  }
-
- private:
-  PyObject* object_;
+// Stands in torch's overload for the function of torch's that it calls, and does the same.
+struct OverloadCall {
+  PyObject_HEAD vectorcallfunc call;
+  Native* native;
+  PyObject* function;
 };
 
-c10::ScalarType dtype_of(PyObject* object) {
-  TORCH_CHECK_TYPE(THPDtype_Check(object), "expected a dtype");
-  return reinterpret_cast<THPDtype*>(object)->scalar_type;
-}
-
-Dim read_dim(PyObject* object) {
-  const Reader reader(object);
-  Dim dim{static_cast<Dim::Kind>(reader.number("kind")), reader.number("value")};
-  reader.each("code", [&](PyObject* one) { dim.code.push_back(Reader::number(one)); });
-  return dim;
-}
-
-Entry read_entry(PyObject* object) {
-  const Reader reader(object);
-  Entry entry{static_cast<size_t>(reader.number("place"))};
-  reader.each("dims", [&](PyObject* one) {
-    entry.dims.push_back(read_dim(one));
-    if (entry.dims.back().kind == Dim::Star) {
-      entry.star = static_cast<int64_t>(entry.dims.size()) - 1;
-    }
-  });
-  entry.dtype.kind = static_cast<DtypeRule::Kind>(reader.number("dtype_kind"));
-  const Ref value = reader.get("dtype_value");
-  entry.dtype.value = entry.dtype.kind == DtypeRule::Fixed
-                          ? static_cast<int64_t>(dtype_of(value.get()))
-                          : Reader::number(value.get());
-  reader.each("allowed", [&](PyObject* one) { entry.allowed.push_back(dtype_of(one)); });
-  return entry;
-}
-
-// Whether two entries bind the same names to the same sizes.
-bool is_same(const Entry& one, const Entry& other) {
-  return std::equal(one.dims.begin(), one.dims.end(), other.dims.begin(), other.dims.end(),
-                    [](const Dim& a, const Dim& b) {
-                      const bool fixed = a.kind == Dim::Name || a.kind == Dim::Number ||
-                                         (a.kind == Dim::Star && a.value >= 0);
-                      return fixed && a.kind == b.kind && a.value == b.value;
-                    });
-}
-
-Plan read_plan(PyObject* object) {
-  const Reader reader(object);
-  Plan plan;
-  reader.each("inputs", [&](PyObject* one) { plan.inputs.push_back(read_entry(one)); });
-  for (size_t i = 0; i < plan.inputs.size(); ++i) {
-    for (size_t k = 0; k < i && plan.inputs[i].like < 0; ++k) {
-      if (is_same(plan.inputs[k], plan.inputs[i])) {
-        plan.inputs[i].like = static_cast<int64_t>(plan.inputs[k].place);
+PyObject* enter_overload(PyObject* self, PyObject* const* args, size_t flags, PyObject* keywords) {
+  auto* entry = reinterpret_cast<OverloadCall*>(self);
+  const State state = State::now();
+  if (state.ordinary && !is_observed()) {
+    try {
+      const Ref alive = Ref::borrow(self);
+      Returned returned;
+      if (serve(entry->native->record, state, args, flags, keywords, returned)) {
+        const bool named =
+            PyTuple_Check(returned.raw.get()) && !PyTuple_CheckExact(returned.raw.get());
+        return named ? PySequence_Tuple(returned.raw.get()) : returned.raw.release();
       }
+    } catch (const std::exception&) {
+      torch::translate_exception_to_python(std::current_exception());
+      return nullptr;
     }
   }
-  for (const Entry& entry : plan.inputs) {
-    plan.late = plan.late || entry.dtype.kind != DtypeRule::None;
-    for (const Dim& dim : entry.dims) { plan.late = plan.late || dim.kind == Dim::Expression; }
-  }
-  reader.each("outputs", [&](PyObject* one) { plan.outputs.push_back(read_entry(one)); });
-  reader.each("ints", [&](PyObject* one) {
-    plan.ints.emplace_back(Reader::number(PyTuple_GET_ITEM(one, 0)),
-                           Reader::number(PyTuple_GET_ITEM(one, 1)));
-  });
-  plan.names = static_cast<size_t>(reader.number("names"));
-  plan.stars = static_cast<size_t>(reader.number("stars"));
-  return plan;
+  return PyObject_Vectorcall(entry->function, args, flags, keywords);
 }
 
-std::shared_ptr<Record> read_record(PyObject* object) {
-  const Reader reader(object);
-  auto record = std::make_shared<Record>(
-      c10::Dispatcher::singleton().findSchemaOrThrow(reader.text("torch_name").c_str(), ""));
-  record->name = reader.text("name");
-  record->node_name = reader.text("node_name");
-  record->positional = static_cast<size_t>(reader.number("positional"));
-  record->mutates = false;
-  record->tensor_lists = false;
-  record->plain_results = true;
-  reader.each("params", [&](PyObject* one) {
-    const Reader param(one);
-    Ref fallback = param.truth("required") ? Ref() : param.get("default");
-    PyObject* name = param.get("name").release();
-    PyUnicode_InternInPlace(&name);  // as the names in calls are
-    record->params.push_back({Ref::steal(name), std::move(fallback),
-                              static_cast<Kind>(param.number("kind")), param.truth("list"),
-                              param.truth("optional"), param.truth("mutated")});
-    const Param& last = record->params.back();
-    record->mutates = record->mutates || last.mutated;
-    record->tensor_lists = record->tensor_lists || (last.list && last.kind == Kind::Tensor);
-  });
-  reader.each("results", [&](PyObject* one) {
-    const Reader result(one);
-    record->results.push_back(
-        {static_cast<Kind>(result.number("kind")), result.truth("list"), result.truth("optional")});
-    const Result& last = record->results.back();
-    record->tensor_lists = record->tensor_lists || last.list;
-    record->plain_results =
-        record->plain_results && last.kind == Kind::Tensor && !last.list && !last.optional;
-  });
-  const Ref plan = reader.get("plan");
-  if (plan.given()) { record->plan = read_plan(plan.get()); }
-  record->keywords = reader.get("keywords");
-  record->container = reader.get("container");
-  record->is_tuple = reader.truth("is_tuple");
-  record->choose = reader.get("choose");
-  record->run = reader.get("run");
-  record->conform = reader.get("conform");
-  record->explain = reader.get("explain");
-  record->pack = reader.get("pack");
-  record->twin = reader.get("twin");
-  record->lost = reader.get("lost");
-  record->tracked = reader.get("tracked");
-  record->again = reader.get("again");
-  record->alone = reader.get("alone");
-  record->check = reader.get("check");
-  record->flatten = reader.get("flatten");
-  return record;
+PyObject* make_overload_call(PyTypeObject* type, PyObject* args, PyObject*) {
+  PyObject *native, *function;
+  if (!PyArg_ParseTuple(args, "OO", &native, &function)) { return nullptr; }
+  auto* self = reinterpret_cast<OverloadCall*>(type->tp_alloc(type, 0));
+  if (self == nullptr) { return nullptr; }
+  Py_INCREF(native);
+  Py_INCREF(function);
+  self->call = enter_overload;
+  self->native = reinterpret_cast<Native*>(native);
+  self->function = function;
+  return reinterpret_cast<PyObject*>(self);
 }
 
-std::shared_ptr<Formula> read_formula(PyObject* object) {
-  const Reader reader(object);
-  auto formula = std::make_shared<Formula>();
-  formula->form = static_cast<Formula::Form>(reader.number("form"));
-  reader.each("constant",
-              [&](PyObject* one) { formula->constant.push_back(PyObject_IsTrue(one) == 1); });
-  if (formula->form == Formula::Function) {
-    formula->setup = reader.get("setup");
-    formula->backward = reader.get("backward");
-    formula->counted = reader.get("counted");
-  } else if (formula->form == Formula::Rule) {
-    formula->save = reader.get("save");
-    formula->gradients = reader.get("gradients");
-  } else {
-    formula->op = {reader.text("op"), ""};
-    const auto handle =
-        c10::Dispatcher::singleton().findSchemaOrThrow(formula->op.name.c_str(), "");
-    reader.each("saves", [&](PyObject* one) {
-      formula->saves.emplace_back(PyObject_IsTrue(PyTuple_GET_ITEM(one, 0)) == 1,
-                                  Reader::number(PyTuple_GET_ITEM(one, 1)));
-    });
-    reader.each("outputs", [&](PyObject* one) { formula->outputs.push_back(Reader::number(one)); });
-    reader.each("arguments",
-                [&](PyObject* one) { formula->arguments.push_back(Reader::number(one)); });
-    reader.each("lost", [&](PyObject* one) { formula->lost.push_back(Reader::number(one)); });
-    formula->rule = read_formula(reader.get("rule").get());
-    formula->object = reader.get("object");
-    const auto& arguments = handle.schema().arguments();
-    for (size_t i = formula->outputs.size() + formula->saves.size(); i < arguments.size(); ++i) {
-      TORCH_CHECK(arguments[i].default_value().has_value(), "the formula lacks an argument");
-      formula->rest.push_back(*arguments[i].default_value());
-    }
-  }
-  return formula;
+void free_overload_call(PyObject* self) {
+  auto* entry = reinterpret_cast<OverloadCall*>(self);
+  Py_DECREF(entry->native);
+  Py_DECREF(entry->function);
+  Py_TYPE(self)->tp_free(self);
 }
+
+// An overload's hash is that of what it calls.
+Py_hash_t hash_overload_call(PyObject* self) {
+  return PyObject_Hash(reinterpret_cast<OverloadCall*>(self)->function);
+}
+
+PyTypeObject OverloadCallType = {PyVarObject_HEAD_INIT(nullptr, 0)};
 
 // ------------------------------------------------------------------ the type of records
 
@@ -305,7 +163,6 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   }
   HANDLE_TH_ERRORS
   auto record = read_record(description);
-  record->set_formula(read_formula(Reader(description).get("formula").get()));
   auto handles = register_kernels(record);
   PyObject* self = type->tp_alloc(type, 0);
   if (self == nullptr) { throw_python_error(); }
@@ -361,11 +218,15 @@ PyObject* close(PyObject*, PyObject* op) {
 }
 
 // Makes calls of a class's instances look for their entry before its __call__, which Dynamo keeps on seeing.
-PyObject* seal(PyObject*, PyObject* op_class) {
+PyObject* seal(PyObject*, PyObject* args) {
+  PyObject *op_class, *callback;
+  if (!PyArg_ParseTuple(args, "OO", &op_class, &callback)) { return nullptr; }
   auto* type = reinterpret_cast<PyTypeObject*>(op_class);
   PyObject* function = PyObject_GetAttrString(op_class, "__call__");
   if (function == nullptr) { return nullptr; }
   Py_XDECREF(std::exchange(slow_call, function));
+  Py_INCREF(callback);
+  Py_XDECREF(std::exchange(frame_callback, callback));
   if ((type->tp_flags & Py_TPFLAGS_HAVE_VECTORCALL) != 0) { Py_RETURN_NONE; }
   type->tp_call = [](PyObject* self, PyObject* args, PyObject* kwargs) -> PyObject* {
     if (reinterpret_cast<Door*>(self)->entry != nullptr) {
@@ -398,7 +259,8 @@ PyObject* expect_preferences(PyObject*, PyObject*) {
 }
 
 PyMethodDef functions[] = {
-    {"seal", seal, METH_O, "Make a class callable from C."},
+    {"seal", seal, METH_VARARGS,
+     "Make a class callable from C; the other argument gives Dynamo's callback."},
     {"close", close, METH_O, "Have an Op be called by Python alone."},
     {"choose_anew", choose_anew, METH_NOARGS, "Forget which kernels were chosen."},
     {"expect_preferences", expect_preferences, METH_NOARGS,
@@ -419,10 +281,24 @@ PyMODINIT_FUNC PyInit_opkit_core() {
   NativeType.tp_new = make;
   NativeType.tp_dealloc = dealloc;
   NativeType.tp_methods = native_methods;
-  if (PyType_Ready(&NativeType) < 0 || PyType_Ready(&ContextType) < 0) { return nullptr; }
+  OverloadCallType.tp_name = "opkit_core.OverloadCall";
+  OverloadCallType.tp_basicsize = sizeof(OverloadCall);
+  OverloadCallType.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
+  OverloadCallType.tp_doc = "What an overload of torch's calls.";
+  OverloadCallType.tp_new = make_overload_call;
+  OverloadCallType.tp_dealloc = free_overload_call;
+  OverloadCallType.tp_hash = hash_overload_call;
+  OverloadCallType.tp_call = PyVectorcall_Call;
+  OverloadCallType.tp_vectorcall_offset = offsetof(OverloadCall, call);
+  if (PyType_Ready(&NativeType) < 0 || PyType_Ready(&OverloadCallType) < 0 ||
+      PyType_Ready(&ContextType) < 0) {
+    return nullptr;
+  }
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr ||
       PyModule_AddObjectRef(module, "Native", reinterpret_cast<PyObject*>(&NativeType)) < 0 ||
+      PyModule_AddObjectRef(module, "OverloadCall",
+                            reinterpret_cast<PyObject*>(&OverloadCallType)) < 0 ||
       PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) < 0) {
     Py_XDECREF(module);
     return nullptr;

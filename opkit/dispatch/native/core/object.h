@@ -1,7 +1,10 @@
-// References to Python objects that may be given back on any thread.
+// Python objects: references to them, which may be given back on any thread, and what is made of them.
 #pragma once
 
 #include <torch/csrc/python_headers.h>
+
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
 
 #include <utility>
 
@@ -32,6 +35,12 @@ class WithGil {
 
  private:
   PyGILState_STATE state_ = PyGILState_UNLOCKED;
+};
+
+// Holds the GIL, or throws where there is no interpreter to enter.
+struct InPython {
+  WithGil gil;
+  InPython() { TORCH_CHECK(gil.held, "the interpreter is gone"); }
 };
 
 // Gives the GIL away, for work that does not touch Python.
@@ -100,5 +109,43 @@ class Kept {
  private:
   PyObject* object_ = nullptr;
 };
+
+// Throws with Python's error set.
+[[noreturn]] void throw_python_error();
+
+// What was made just now; throws where that failed.
+inline Ref checked_ref(PyObject* made) {
+  if (made == nullptr) { throw_python_error(); }
+  return Ref::steal(made);
+}
+
+// A tuple of what `make` returns, a Ref, for each place.
+template <typename Make>
+Ref tuple_of(size_t count, Make make) {
+  Ref made = checked_ref(PyTuple_New(static_cast<Py_ssize_t>(count)));
+  for (size_t i = 0; i < count; ++i) {
+    PyTuple_SET_ITEM(made.get(), static_cast<Py_ssize_t>(i), make(i).release());
+  }
+  return made;
+}
+
+inline Ref tuple_of(c10::ArrayRef<PyObject*> objects) {
+  return tuple_of(objects.size(), [&](size_t i) { return Ref::borrow(objects[i]); });
+}
+
+// The same as a list.
+template <typename Make>
+Ref list_of(size_t count, Make make) {
+  Ref made = checked_ref(PyList_New(static_cast<Py_ssize_t>(count)));
+  for (size_t i = 0; i < count; ++i) {
+    PyList_SET_ITEM(made.get(), static_cast<Py_ssize_t>(i), make(i).release());
+  }
+  return made;
+}
+
+// Calls a function with arguments by position; throws what it raises.
+inline Ref called(PyObject* function, c10::ArrayRef<PyObject*> given) {
+  return checked_ref(PyObject_Vectorcall(function, given.data(), given.size(), nullptr));
+}
 
 }  // namespace opkit_core

@@ -113,6 +113,27 @@ bool expressions_hold(const Entry& entry, c10::IntArrayRef shape, const Bound& b
   return true;
 }
 
+bool are_equal(c10::IntArrayRef one, c10::IntArrayRef other) {
+  if (one.size() != other.size()) { return false; }
+  for (size_t i = 0; i < one.size(); ++i) {  // few: a call of memcmp takes longer
+    if (one[i] != other[i]) { return false; }
+  }
+  return true;
+}
+
+// There is one CPU.
+bool are_on_one_device(c10::ArrayRef<const at::Tensor*> tensors, c10::DispatchKeySet keys) {
+  constexpr c10::DispatchKeySet backends(c10::DispatchKeySet::RAW, c10::full_backend_mask);
+  if ((keys & backends) == c10::DispatchKeySet(c10::BackendComponent::CPUBit)) { return true; }
+  const at::Tensor* first = nullptr;
+  for (const at::Tensor* tensor : tensors) {
+    if (tensor == nullptr) { continue; }
+    if (first == nullptr) { first = tensor; }
+    if (tensor->device() != first->device()) { return false; }
+  }
+  return true;
+}
+
 bool among(c10::ScalarType dtype, const std::vector<c10::ScalarType>& allowed) {
   for (const auto one : allowed) {
     if (one == dtype) { return true; }
@@ -137,31 +158,42 @@ bool is_named(const DtypeRule& rule, c10::ArrayRef<const at::Tensor*> tensors,
 
 }  // namespace
 
-bool Plan::fits(c10::ArrayRef<const at::Tensor*> tensors, c10::ArrayRef<int64_t> values,
-                c10::SmallVectorImpl<OutputMeta>& metas) const {
+bool Plan::fits(c10::ArrayRef<const at::Tensor*> tensors, c10::DispatchKeySet keys,
+                c10::ArrayRef<int64_t> values, c10::SmallVectorImpl<OutputMeta>& metas) const {
   Bound bound;
-  bound.names.assign(names, kUnbound);
-  bound.stars.assign(stars, {false, {}});
+  bound.names.resize(names, kUnbound);
+  bound.stars.resize(stars);
   for (const auto& [place, slot] : ints) {
     if (values[place] == kUnbound) { return false; }
     bound.names[slot] = values[place];
   }
   const at::Tensor* first = nullptr;
   for (const Entry& entry : inputs) {
-    const at::Tensor* tensor = tensors[entry.place];
-    if (tensor == nullptr) { continue; }
-    if (first == nullptr) {
-      first = tensor;
-    } else if (tensor->device() != first->device()) {
-      return false;
-    }
-    const at::Tensor* like = entry.like < 0 ? nullptr : tensors[entry.like];
-    if (like != nullptr ? tensor->sizes() != like->sizes() : !bind(entry, tensor->sizes(), bound)) {
-      return false;
-    }
-    if (!entry.allowed.empty() && !among(tensor->scalar_type(), entry.allowed)) { return false; }
+    first = tensors[entry.place];
+    if (first != nullptr) { break; }
   }
   if (first == nullptr) { return false; }
+  if (!are_on_one_device(tensors, keys)) { return false; }
+  for (const size_t i : binding) {
+    const Entry& entry = inputs[i];
+    const at::Tensor* tensor = tensors[entry.place];
+    if (tensor != nullptr &&
+        (!bind(entry, tensor->sizes(), bound) || !among(tensor->scalar_type(), entry.allowed))) {
+      return false;
+    }
+  }
+  for (const Alike& group : alike) {
+    const at::Tensor* earlier = tensors[group.earlier];
+    const c10::IntArrayRef sizes = earlier == nullptr ? c10::IntArrayRef() : earlier->sizes();
+    for (size_t k = 0; k < group.places.size(); ++k) {
+      const at::Tensor* tensor = tensors[group.places[k]];
+      if (tensor != nullptr &&
+          !(earlier != nullptr ? are_equal(tensor->sizes(), sizes)
+                               : bind(inputs[group.inputs[k]], tensor->sizes(), bound))) {
+        return false;
+      }
+    }
+  }
   for (const Entry& entry : late ? c10::ArrayRef<Entry>(inputs) : c10::ArrayRef<Entry>()) {
     const at::Tensor* tensor = tensors[entry.place];
     if (tensor == nullptr) { continue; }

@@ -40,8 +40,6 @@ struct Entry {
   int64_t star = -1;
   DtypeRule dtype = {};
   std::vector<c10::ScalarType> allowed = {};
-  int64_t like =
-      -1;  // an earlier input whose sizes are to be the same, so that these bind nothing new
 };
 
 struct OutputMeta {
@@ -49,8 +47,17 @@ struct OutputMeta {
   c10::ScalarType dtype;
 };
 
+// Inputs whose sizes are those of an earlier one, and so bind nothing new.
+struct Alike {
+  size_t earlier;              // the place of that
+  std::vector<size_t> places;  // of the others
+  std::vector<size_t> inputs;  // their entries
+};
+
 struct Plan {
   std::vector<Entry> inputs;
+  std::vector<size_t> binding;  // the inputs that bind names, or have dtypes of their own
+  std::vector<Alike> alike;     // the others, together
   std::vector<Entry> outputs;
   std::vector<std::pair<size_t, size_t>>
       ints;  // places of int arguments, and the slots of their names
@@ -58,10 +65,11 @@ struct Plan {
   size_t stars = 0;
   bool late = false;  // whether something can only be checked once every name is bound
 
-  // Whether the arguments fit the line; `metas` then has what the outputs are. `tensors` and `ints` have a value
-  // for each argument: null for what is no tensor, or is None.
-  bool fits(c10::ArrayRef<const at::Tensor*> tensors, c10::ArrayRef<int64_t> ints,
-            c10::SmallVectorImpl<OutputMeta>& metas) const;
+  // Whether the arguments fit the line; `metas` then has what the outputs are. `tensors` has a value for each
+  // argument: null for what is no tensor, or is None; `keys` are those of all. `values` has one for each argument too,
+  // if the line reads ints.
+  bool fits(c10::ArrayRef<const at::Tensor*> tensors, c10::DispatchKeySet keys,
+            c10::ArrayRef<int64_t> values, c10::SmallVectorImpl<OutputMeta>& metas) const;
 };
 
 }  // namespace opkit_core

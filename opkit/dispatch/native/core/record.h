@@ -25,6 +25,8 @@ struct Param {
   bool list;
   bool optional;
   bool mutated;
+
+  bool is_tensor() const { return kind == Kind::Tensor && !list; }
 };
 
 struct Result {
@@ -48,9 +50,17 @@ struct Kernel {
   Kept keeps;  // what has to stay for `handle` to be valid
 };
 
-struct Choice {
+// What a choice among kernels depends on, where no kernel is asked.
+struct Case {
   c10::DeviceType device;
   c10::ScalarType dtype;
+  bool deterministic = false;  // torch's setting
+  PyObject* wanted = nullptr;  // opkit's preference in force, if there is one; borrowed
+};
+
+struct Choice {
+  Case when;
+  Kept wanted;  // keeps `when.wanted`
   std::shared_ptr<const Kernel> kernel;
 };
 
@@ -76,7 +86,6 @@ struct Formula {
   std::vector<std::pair<bool, size_t>> saves;  // (is an output, place)
   std::vector<size_t> outputs;                 // whose gradients it takes
   std::vector<size_t> arguments;               // whose gradients it returns
-  std::vector<c10::IValue> rest;               // defaults of its further arguments
   std::vector<size_t>
       lost;  // outputs that it saves although they have no gradient, and so no history
   std::shared_ptr<const Formula> rule;  // the same as a Rule
@@ -116,18 +125,36 @@ struct Record {
   std::shared_ptr<const Formula> formula() const;
   void set_formula(std::shared_ptr<const Formula> formula);
 
-  // The choice made before for such a call, or null. With the GIL held nobody else changes them, and no lock is taken.
-  std::shared_ptr<const Kernel> known(c10::DeviceType device, c10::ScalarType dtype,
-                                      bool with_gil) const;
-  void remember(Choice choice, uint64_t epoch);
+  // The kernel chosen before for such a call, or null. The GIL is held, and a `Calling` keeps what is returned.
+  const Kernel* known(const Case& when) const;
+  // The same for code without the GIL, where nothing is preferred.
+  std::shared_ptr<const Kernel> known_by_all(c10::DeviceType device, c10::ScalarType dtype) const;
+  void remember(const Case& when, std::shared_ptr<const Kernel> kernel, uint64_t epoch);
 
   explicit Record(c10::OperatorHandle op) : op(op) {}
 
  private:
-  mutable std::mutex mutex_;
-  std::vector<Choice> choices_;
+  friend class Calling;
+
+  mutable std::mutex mutex_;     // of what follows, for code without the GIL
+  std::vector<Choice> choices_;  // of the epoch
   uint64_t epoch_ = 0;
   std::shared_ptr<const Formula> formula_;
+  std::vector<Choice> dropped_;  // of epochs before, until no call is running that may use them
+  int64_t calls_ = 0;            // running, under the GIL
+};
+
+// A call that runs: the kernels that it may have chosen stay. Reference counts of their own would cost more than the
+// rest of the choice.
+class Calling {
+ public:
+  explicit Calling(Record& record) : record_(record) { ++record_.calls_; }
+  ~Calling();
+  Calling(const Calling&) = delete;
+  Calling& operator=(const Calling&) = delete;
+
+ private:
+  Record& record_;
 };
 
 // Changes whenever a choice made before may be another one now.
