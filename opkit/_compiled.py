@@ -187,8 +187,7 @@ def decompositions(*ops: Op[..., Any]) -> dict[Any, Callable[..., Any]]:
         ['aten.add.Tensor']
     """
     if not ops:
-        _registry.list_ops()
-        ops = tuple(_registry.all_ops())
+        ops = tuple(filter(None, map(_registry.find, _registry.list_ops())))
     found: dict[Any, Callable[..., Any]] = {}
     for op in ops:
         if not (op._table.declared or any(p.mutated for p in op.schema.params)):

@@ -183,7 +183,8 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
         implement(name, kernel, "Autograd")
         if not variant:
             derivation = gradient.derivation(schema, kernel, lambda: self._formula)
-            self._path = Path(self._runner, run, derivation, target)
+            contiguous = self._layout is not None and self._layout.format is torch.contiguous_format
+            self._path = Path(self._runner, run, derivation, target, contiguous=contiguous)
             if type(self) is Op:
                 self._runner.arrive = self._arrive
         for key in self._batching.keys:

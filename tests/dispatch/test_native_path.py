@@ -242,6 +242,21 @@ def numbers(ns):
     return Case(measure, lambda op, x: op(x, "abc"), lambda: [values(3)], lambda x: (x * 3, 3, 0.5, True))
 
 
+def contiguous(ns):
+    """Given a transposed tensor, as its kernel wants another one."""
+
+    @opkit.op(f"{ns}::row_sums", shapes="m n -> m", layout="contiguous")
+    def row_sums(x: Tensor) -> Tensor:
+        assert x.is_contiguous()
+        return x.sum(1)
+
+    row_sums.register_autograd(
+        lambda ctx, g: g[:, None].expand(ctx.shape).contiguous(),
+        lambda ctx, inputs, output: setattr(ctx, "shape", inputs[0].shape),
+    )
+    return Case(row_sums, lambda op, x: op(x.T), lambda: [values(3, 2)], lambda x: x.T.sum(1))
+
+
 def without_formula(ns):
     @opkit.op(f"{ns}::half", shapes="*b -> *b")
     def half(x: Tensor) -> Tensor:
@@ -259,7 +274,7 @@ def refusing(ns):
 
 
 MAKERS = (
-    square, norm, light, mutating, mutating_with_result, keyword, lists, optional, two_results, numbers,
+    square, norm, light, mutating, mutating_with_result, keyword, lists, optional, two_results, numbers, contiguous,
     without_formula, refusing,
 )  # fmt: skip
 

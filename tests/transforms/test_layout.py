@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 import opkit
+from opkit.dispatch import native
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -169,3 +172,20 @@ def test_kernel_that_overwrites_gets_the_layout_too(backend):
 def test_layout_that_is_none_is_refused(layout, tags, text):
     with pytest.raises(opkit.SchemaError, match=f"declaring t::f: {text}"):
         recording(layout, tags)
+
+
+def test_contiguous_arguments_go_to_the_kernel_as_they_are():
+    seen = []
+
+    @opkit.op("t::rows", shapes="m n -> m", layout="contiguous")
+    def rows(x: Tensor) -> Tensor:
+        seen.append((x.data_ptr(), sys._getframe(1).f_code.co_name))
+        return x.sum(1)
+
+    x, here = torch.randn(3, 2), sys._getframe().f_code.co_name
+    for given in (x, x.t(), x, x.t(), torch.nn.Parameter(x), x.t().conj()):
+        assert torch.equal(rows(given), given.sum(1))
+    addresses, callers = zip(*seen, strict=True)
+    assert [address == x.data_ptr() for address in addresses] == [True, False, True, False, True, False]
+    if native.core() is not None:  # which leaves it to Python to make copies
+        assert [caller == here for caller in callers[2:]] == [True, False, True, False]

@@ -151,6 +151,8 @@ class RecordValue(NamedTuple):
     keywords: tuple[str, ...] | None
     container: Any
     is_tuple: bool
+    contiguous: bool
+    """Whether kernels get contiguous tensors, which `run` makes of others."""
     choose: Callable[..., Any]
     run: Callable[..., Any]
     conform: Callable[..., Any]

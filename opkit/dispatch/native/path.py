@@ -34,15 +34,23 @@ class Path:
         run: what the op's kernel is in torch: the runner, or what brings arguments into a layout first.
         derivation: how the op is differentiated.
         overload: the op in torch.
+        contiguous: whether `run` makes tensors contiguous, and does nothing else.
     """
 
     def __init__(
-        self, runner: Runner, run: Callable[..., Any], derivation: Derivation, overload: Overload
+        self,
+        runner: Runner,
+        run: Callable[..., Any],
+        derivation: Derivation,
+        overload: Overload,
+        *,
+        contiguous: bool,
     ) -> None:
         self._runner = runner
         self._run = run
         self._derivation = derivation
         self._overload = overload
+        self._contiguous = contiguous
         self._native: Any = None  # the core's record, with its kernels in torch
         self._plan: PlanValue | None = None
         self._op: Any = None
@@ -87,6 +95,7 @@ class Path:
                 keywords=tuple(p.name for p in schema.keyword_only) or None,
                 container=container,
                 is_tuple=isinstance(container, type) and issubclass(container, tuple),
+                contiguous=self._contiguous,
                 choose=self._choose,
                 run=self._run,
                 conform=self._conform,
@@ -133,7 +142,8 @@ class Path:
 
     def _how(self, kernel: Kernel, values: tuple[Any, ...]) -> tuple[int, Any, Any]:
         runner, declared = self._runner, self._runner.meta.plan
-        if self._run is not runner or type(runner) is not Runner or kernel.inplace:
+        arranges = self._run is not runner and not self._contiguous
+        if arranges or type(runner) is not Runner or kernel.inplace:
             return _RUN, None, None
         if isinstance(kernel.function, Source):
             bound = runner.bound(kernel, values)

@@ -136,6 +136,10 @@ bool Arguments::are_plain(const Record& record) {
   });
 }
 
+bool Arguments::are_contiguous(const Record& record) const {
+  return all(record, [](const at::Tensor& tensor) { return tensor.is_contiguous(); });
+}
+
 bool Arguments::take(const Param& param, size_t place, PyObject* value) {
   values[place] = value;
   if (param.is_tensor() && THPVariable_CheckExact(value)) {

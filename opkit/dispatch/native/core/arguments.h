@@ -32,6 +32,7 @@ struct Arguments {
   // Makes `values` of a stack.
   void wrap(const Record& record, c10::ArrayRef<c10::IValue> stack);
   Ref tuple() const { return tuple_of(values); }
+  bool are_contiguous(const Record& record) const;
 
  private:
   void expect_ints(const Record& record);

@@ -66,7 +66,8 @@ struct OpKernel : c10::OperatorKernel {
 
   // Runs the kernel of a call that nothing special is about.
   void run_here(Arguments& arguments, Stack& stack) const {
-    if (!record->mutates && !has_preference()) {
+    const bool arranged = !record->contiguous || arguments.are_contiguous(*record);
+    if (!record->mutates && arranged && !has_preference()) {
       const auto known =
           record->known_by_all(arguments.first->device().type(), arguments.first->scalar_type());
       if (known && known->how == Kernel::Native) {

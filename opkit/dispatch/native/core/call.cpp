@@ -271,6 +271,9 @@ class WithoutAutocast {
 Returned run(Record& record, const Kernel& kernel, Arguments& arguments) {
   at::AutoDispatchBelowAutograd below;
   const WithoutAutocast off(arguments.first->device().type());
+  if (record.contiguous && !arguments.are_contiguous(record)) {
+    return run_in_python(record, arguments);
+  }
   switch (kernel.how) {
     case Kernel::Python: return run_function(record, kernel, arguments);
     case Kernel::Native: return run_library(record, kernel, arguments);

@@ -126,6 +126,7 @@ std::shared_ptr<Record> read_record(PyObject* object) {
   record->name = reader.text("name");
   record->positional = static_cast<size_t>(reader.number("positional"));
   record->mutates = false;
+  record->contiguous = reader.truth("contiguous");
   record->tensor_lists = false;
   record->plain_results = true;
   reader.each("params", [&](PyObject* one) {

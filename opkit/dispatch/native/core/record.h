@@ -111,6 +111,7 @@ struct Record {
   bool plain_results;  // a Tensor each, in no list, and never None
   bool tensor_lists;   // among arguments or results
   bool mutates;
+  bool contiguous;  // its kernels get contiguous tensors; Python copies those that are not
   std::atomic<bool> autocast{false};  // whether the op has a rule for it
   Kept keywords;                      // names of the keyword-only arguments, a tuple
   Kept container;  // the type that results come in, tuple, or None for a bare value
