@@ -175,18 +175,24 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
             run = self._layout.arranging(schema, run)
         _torch_library.register_meta(self._library, name, self._compiled.trace, self._table.reference.source)
         implement = functools.partial(_torch_library.implement, self._library)
-        implement(name, run, "CompositeExplicitAutograd", with_keyset=False)
         kernel = gradient.autograd_kernel(
             schema, target, run, lambda: self._formula, lambda: self._tangents or self._formula.tangents,
             variant=bool(variant),
         )  # fmt: skip
-        implement(name, kernel, "Autograd")
+        by_core = False
         if not variant:
             derivation = gradient.derivation(schema, kernel, lambda: self._formula)
             contiguous = self._layout is not None and self._layout.format is torch.contiguous_format
             self._path = Path(self._runner, run, derivation, target, contiguous=contiguous)
-            if type(self) is Op:
+            by_core = type(self) is Op and self._path.register(self)
+            if type(self) is Op and not by_core:
                 self._runner.arrive = self._arrive
+        if not by_core:
+            implement(name, run, "CompositeExplicitAutograd", with_keyset=False)
+            implement(name, kernel, "Autograd")
+            if any(p.mutated for p in schema.params):
+                version = mutation.version_kernel(schema, target, gradient.EXTRA)
+                implement(name, version, "ADInplaceOrView")
         for key in self._batching.keys:
             implement(name, self._batching.kernel(target), key)
         self._defined.append((name, target))
@@ -197,9 +203,6 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
             keep_calls(self._library, name)
         for device in self._autocast.dtypes:
             self._implement_autocast(name, target, device)
-        if any(p.mutated for p in schema.params):
-            version = mutation.version_kernel(schema, target, gradient.EXTRA)
-            implement(name, version, "ADInplaceOrView")
         return target
 
     def _arrive(self) -> None:

@@ -564,6 +564,28 @@ def test_first_calls_may_come_from_many_threads():
         _registry.remove("t::sine_backward")
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["the core is there", "the core comes later"])
+@pytest.mark.parametrize("make", [function_form, op_form])
+def test_calls_register_nothing_in_torch(make, late, monkeypatch):
+    """Other threads may be reading torch's table of kernels, which it does without a lock."""
+    with pytest.MonkeyPatch.context() as patch:
+        if late:
+            patch.setattr(native, "_core", None)
+        op = make()
+    before = torch._C._dispatch_dump(op.name)
+    arguments = [torch.randn(3, requires_grad=True) for p in op.schema.params if p.type.base == "Tensor"]
+    exact = [a.detach().double().requires_grad_() for a in arguments]
+    for call in (op, op.overload, op, op.overload):
+        found, wanted = (torch.autograd.grad(sum(flat(call(*a))).sum(), a) for a in (arguments, exact))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.double(), other)
+    assert torch._C._dispatch_dump(op.name) == before
+
+
+def flat(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
 @pytest.mark.parametrize("make", [function_form, op_form])
 def test_one_graph_is_walked_by_many_threads(make):
     op = make()

@@ -161,44 +161,36 @@ class RecordValue(NamedTuple):
     derivation: Derivation
 
 
-def params(schema: Schema) -> tuple[ParamValue, ...] | None:
-    """Return the arguments, or None where the core cannot take one of them."""
-    if schema.special:
-        return None
-    found = []
-    for param in schema.params:
-        kind = KINDS.get(param.type.base)
-        if kind is None or param.type.optional_elements or param.type.length or param.type.is_carried:
-            return None
-        required = param.default is REQUIRED
-        found.append(
-            ParamValue(
-                param.name,
-                required,
-                None if required else param.default,
-                kind,
-                param.type.is_list,
-                param.type.optional,
-                param.mutated,
-            )
-        )
-    return tuple(found)
-
-
-def results(schema: Schema) -> tuple[ResultValue, ...] | None:
-    """Return the results, or None where the core cannot pass on one of them."""
-    found = []
-    for result in schema.results:
-        kind = KINDS.get(result.type.base)
-        if kind is None or result.type.optional_elements:
-            return None
-        found.append(ResultValue(kind, result.type.is_list, result.type.optional))
-    return tuple(found)
-
-
 def is_plain(schema: Schema) -> bool:
-    """Whether the core can call an op with what is on its stack."""
-    return params(schema) is not None and results(schema) is not None
+    """Whether the core can take an op's arguments and pass on its results as they are."""
+    if schema.special or any(p.type.length or p.type.is_carried for p in schema.params):
+        return False
+    types = [value.type for value in (*schema.params, *schema.results)]
+    return all(type.base in KINDS and not type.optional_elements for type in types)
+
+
+def params(schema: Schema) -> tuple[ParamValue, ...]:
+    """Return the arguments of a plain op."""
+    return tuple(
+        ParamValue(
+            param.name,
+            param.default is REQUIRED,
+            None if param.default is REQUIRED else param.default,
+            KINDS[param.type.base],
+            param.type.is_list,
+            param.type.optional,
+            param.mutated,
+        )
+        for param in schema.params
+    )
+
+
+def results(schema: Schema) -> tuple[ResultValue, ...]:
+    """Return the results of a plain op."""
+    return tuple(
+        ResultValue(KINDS[result.type.base], result.type.is_list, result.type.optional)
+        for result in schema.results
+    )
 
 
 def plan(declared: Plan) -> PlanValue | None:

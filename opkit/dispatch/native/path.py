@@ -7,7 +7,6 @@ here with results that are not plainly what is declared, and with calls that it 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -51,46 +50,65 @@ class Path:
         self._derivation = derivation
         self._overload = overload
         self._contiguous = contiguous
-        self._native: Any = None  # the core's record, with its kernels in torch
+        self._kernels: Any = None  # the core's, in torch
+        self._native: Any = None  # the core's record
         self._plan: PlanValue | None = None
         self._op: Any = None
         self._autocast = False
-        self._lock = threading.Lock()
+
+    def register(self, op: Any) -> bool:
+        """Register the core's kernels of an op that was just defined, and is not called yet; return whether it was.
+
+        Never later: torch reads its table of kernels without a lock, and other threads may be calling the op.
+        """
+        core = native.core()
+        if core is None or not description.is_plain(self._runner.schema):
+            return False
+        mutates = any(p.mutated for p in self._runner.schema.params)
+        describe = functools.partial(self._describe, core, op)
+        self._kernels = core.register_op(self._overload.qualified, mutates, describe)
+        return True
 
     def attach(self, op: Any) -> bool:
-        """Send the op's calls through the core, where it is loaded; return whether nothing is left to be done."""
+        """Send calls of an op that Python serves through the core; return whether nothing is left to be done."""
         native.need()
         core = native.core()
         if core is None:
             return native.is_off()
-        if self._native is None:
-            if not self._lock.acquire(blocking=False):
-                return False  # another thread does it
-            try:
-                self._attach(core, op)
-            finally:
-                self._lock.release()
+        if description.is_plain(self._runner.schema):
+            self._describe(core, op)
         return True
 
-    def _attach(self, core: ModuleType, op: Any) -> None:
+    def _describe(self, core: ModuleType, op: Any) -> Any:
+        """Return the core's record of an op, which is called for the first time, and have calls enter there."""
+        if self._native is None:
+            made = self._make(core)
+            if self._native is None:  # no other thread was faster
+                self._native, self._op = made, op
+                made.set_formula(self._derivation.formula())  # one registered meanwhile
+                if self._autocast:
+                    made.set_autocast()
+                core.seal(type(op), _torch_compile.frame_callback())
+                made.open(op)
+                self._overload.call_by(functools.partial(core.OverloadCall, made))
+        return self._native
+
+    def _make(self, core: ModuleType) -> Any:
         runner, schema = self._runner, self._runner.schema
-        params, results = description.params(schema), description.results(schema)
-        if params is None or results is None:
-            return
         declared = runner.meta.plan
         self._plan = description.plan(declared) if declared is not None else None
         derivation = self._derivation
         container = schema.container
         if preference.is_used():
             core.expect_preferences()
-        made = core.Native(
+        return core.Native(
             description.RecordValue(
                 name=schema.name,
                 torch_name=self._overload.qualified,
                 formula=derivation.formula(),
                 positional=len(schema.positional),
-                params=params,
-                results=results,
+                params=description.params(schema),
+                results=description.results(schema),
                 plan=self._plan,
                 keywords=tuple(p.name for p in schema.keyword_only) or None,
                 container=container,
@@ -104,13 +122,6 @@ class Path:
                 derivation=derivation,
             )
         )
-        if self._autocast:
-            made.set_autocast()
-        core.seal(type(op), _torch_compile.frame_callback())
-        self._native, self._op = made, op
-        made.set_formula(derivation.formula())  # one registered meanwhile
-        made.open(op)
-        self._overload.call_by(functools.partial(core.OverloadCall, made))
 
     def formula_changed(self) -> None:
         """Have the core differentiate by the formula that is registered now."""
@@ -129,7 +140,7 @@ class Path:
         if core is not None and self._native is not None:
             core.close(self._op)
             self._overload.call_by(None)
-        self._native = self._op = None
+        self._kernels = self._native = self._op = None
 
     # ---------------------------------------------------------------- what the core asks
 

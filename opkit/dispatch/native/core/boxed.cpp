@@ -41,11 +41,11 @@ c10::IValue result_value(const Result& result, PyObject* value) {
   }
 }
 
-// What the kernels have in common: the op, and the arguments that lie on a stack.
-struct OpKernel : c10::OperatorKernel {
-  explicit OpKernel(std::shared_ptr<Record> record) : record(std::move(record)) {}
+// A call from the dispatcher: the op, which may go meanwhile, and the arguments that lie on a stack.
+struct BoxedCall {
+  explicit BoxedCall(std::shared_ptr<Record> record) : record(std::move(record)) {}
 
-  std::shared_ptr<Record> record;
+  const std::shared_ptr<Record> record;
 
  protected:
   c10::ArrayRef<c10::IValue> arguments_on(const Stack& stack) const {
@@ -129,13 +129,10 @@ struct OpKernel : c10::OperatorKernel {
   }
 };
 
-struct DeviceKernel final : OpKernel {
-  using OpKernel::OpKernel;
+struct DeviceCall final : BoxedCall {
+  using BoxedCall::BoxedCall;
 
-  void operator()(const c10::OperatorHandle&, DispatchKeySet, Stack* stack) {
-    DeviceKernel(record).serve(stack);  // the op, and this with it, may go during its own call
-  }
-  void serve(Stack* stack) {
+  void serve(const c10::OperatorHandle&, DispatchKeySet, Stack* stack) const {
     Arguments arguments;
     if (!State::now().ordinary || !arguments.bind(*record, arguments_on(*stack)) ||
         arguments.first == nullptr) {
@@ -146,13 +143,10 @@ struct DeviceKernel final : OpKernel {
   }
 };
 
-struct AutogradKernel final : OpKernel {
-  using OpKernel::OpKernel;
+struct AutogradCall final : BoxedCall {
+  using BoxedCall::BoxedCall;
 
-  void operator()(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
-    AutogradKernel(record).serve(op, keys, stack);
-  }
-  void serve(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+  void serve(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) const {
     Arguments arguments;
     if (!State::now().ordinary || !arguments.bind(*record, arguments_on(*stack))) {
       call_python(record->twin.get(), *stack, &keys);
@@ -182,10 +176,10 @@ struct AutogradKernel final : OpKernel {
   }
 };
 
-struct VersionKernel final : OpKernel {
-  using OpKernel::OpKernel;
+struct VersionCall final : BoxedCall {
+  using BoxedCall::BoxedCall;
 
-  void operator()(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+  void serve(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) const {
     const auto given = arguments_on(*stack);
     for (size_t i = 0; i < given.size(); ++i) {
       if (record->params[i].mutated) { bump_all(given[i]); }
@@ -203,29 +197,59 @@ struct VersionKernel final : OpKernel {
   }
 };
 
-struct Silent : c10::WarningHandler {
-  void process(const c10::Warning&) override {}
+// The record of an op, which Python makes at the first call.
+class Described {
+ public:
+  explicit Described(Kept describe) : describe_(std::move(describe)) {}
+
+  std::shared_ptr<Record> record() {
+    if (!ready_.load(std::memory_order_acquire)) {
+      const InPython within;
+      const Ref native = called(describe_.get(), {});
+      if (!ready_.load(std::memory_order_relaxed)) {
+        record_ = record_of(native.get());
+        ready_.store(true, std::memory_order_release);
+      }
+    }
+    return record_;
+  }
+
+ private:
+  const Kept describe_;
+  std::atomic<bool> ready_{false};
+  std::shared_ptr<Record> record_;
 };
+
+template <typename Call>
+struct OpKernel final : c10::OperatorKernel {
+  explicit OpKernel(std::shared_ptr<Described> op) : op_(std::move(op)) {}
+
+  void operator()(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    Call(op_->record()).serve(op, keys, stack);
+  }
+
+ private:
+  std::shared_ptr<Described> op_;
+};
+
+template <typename Call>
+c10::RegistrationHandleRAII put(const c10::OperatorName& name, DispatchKey key,
+                                const std::shared_ptr<Described>& op) {
+  auto kernel = c10::KernelFunction::makeFromBoxedFunctor<OpKernel<Call>>(
+      std::make_unique<OpKernel<Call>>(op));
+  return c10::Dispatcher::singleton().registerImpl(name, key, std::move(kernel), std::nullopt,
+                                                   nullptr, "opkit");
+}
 
 }  // namespace
 
-std::vector<c10::RegistrationHandleRAII> register_kernels(const std::shared_ptr<Record>& record) {
-  Silent silent;  // the kernels in Python that were there before are meant to be replaced
-  c10::WarningUtils::WarningHandlerGuard guard(&silent);
+std::vector<c10::RegistrationHandleRAII> register_kernels(const c10::OperatorName& name,
+                                                          bool mutates, Ref describe) {
+  const auto op = std::make_shared<Described>(Kept(std::move(describe)));
   std::vector<c10::RegistrationHandleRAII> handles;
-  const auto put = [&](DispatchKey key, c10::KernelFunction kernel) {
-    handles.push_back(c10::Dispatcher::singleton().registerImpl(
-        record->op.operator_name(), key, std::move(kernel), std::nullopt, nullptr, "opkit"));
-  };
-  using c10::KernelFunction;
-  put(DispatchKey::CompositeExplicitAutograd,
-      KernelFunction::makeFromBoxedFunctor<DeviceKernel>(std::make_unique<DeviceKernel>(record)));
-  put(DispatchKey::Autograd, KernelFunction::makeFromBoxedFunctor<AutogradKernel>(
-                                 std::make_unique<AutogradKernel>(record)));
-  if (record->mutates) {
-    put(DispatchKey::ADInplaceOrView, KernelFunction::makeFromBoxedFunctor<VersionKernel>(
-                                          std::make_unique<VersionKernel>(record)));
-  }
+  handles.push_back(put<DeviceCall>(name, DispatchKey::CompositeExplicitAutograd, op));
+  handles.push_back(put<AutogradCall>(name, DispatchKey::Autograd, op));
+  if (mutates) { handles.push_back(put<VersionCall>(name, DispatchKey::ADInplaceOrView, op)); }
   return handles;
 }
 

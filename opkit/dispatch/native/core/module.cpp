@@ -15,11 +15,8 @@
 namespace opkit_core {
 namespace {
 
-// An op's record as Python holds it; the kernels are registered for as long as it is there.
-struct Native {
-  PyObject_HEAD std::shared_ptr<Record> record;
-  std::vector<c10::RegistrationHandleRAII> handles;
-};
+// An op's record as Python holds it.
+struct Native { PyObject_HEAD std::shared_ptr<Record> record; };
 
 // An op, as far as the core looks into it: the raw part that opkit/dispatch/native/door.py gives every Op.
 struct Door {
@@ -163,17 +160,14 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   }
   HANDLE_TH_ERRORS
   auto record = read_record(description);
-  auto handles = register_kernels(record);
   PyObject* self = type->tp_alloc(type, 0);
   if (self == nullptr) { throw_python_error(); }
   new (&cast(self)->record) std::shared_ptr<Record>(std::move(record));
-  new (&cast(self)->handles) std::vector<c10::RegistrationHandleRAII>(std::move(handles));
   return self;
   END_HANDLE_TH_ERRORS
 }
 
 void dealloc(PyObject* self) {
-  cast(self)->handles.~vector();
   cast(self)->record.~shared_ptr();
   Py_TYPE(self)->tp_free(self);
 }
@@ -248,6 +242,24 @@ PyObject* seal(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+// Registers the kernels of an op in torch, for as long as what is returned is there.
+PyObject* register_op(PyObject*, PyObject* args) {
+  using Handles = std::vector<c10::RegistrationHandleRAII>;
+  const char* name = nullptr;
+  int mutates = 0;
+  PyObject* describe = nullptr;
+  if (!PyArg_ParseTuple(args, "spO", &name, &mutates, &describe)) { return nullptr; }
+  HANDLE_TH_ERRORS
+  auto handles =
+      std::make_unique<Handles>(register_kernels({name, ""}, mutates != 0, Ref::borrow(describe)));
+  PyObject* made = PyCapsule_New(handles.get(), nullptr, [](PyObject* capsule) {
+    delete static_cast<Handles*>(PyCapsule_GetPointer(capsule, nullptr));
+  });
+  if (made != nullptr) { handles.release(); }
+  return made;
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* choose_anew(PyObject*, PyObject*) {
   epoch.fetch_add(1);
   Py_RETURN_NONE;
@@ -261,6 +273,8 @@ PyObject* expect_preferences(PyObject*, PyObject*) {
 PyMethodDef functions[] = {
     {"seal", seal, METH_VARARGS,
      "Make a class callable from C; the other argument gives Dynamo's callback."},
+    {"register_op", register_op, METH_VARARGS,
+     "Register the kernels of an op that is defined; the last argument gives its Native."},
     {"close", close, METH_O, "Have an Op be called by Python alone."},
     {"choose_anew", choose_anew, METH_NOARGS, "Forget which kernels were chosen."},
     {"expect_preferences", expect_preferences, METH_NOARGS,
@@ -270,6 +284,9 @@ PyMethodDef functions[] = {
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "opkit_core", nullptr, -1, functions};
 
 }  // namespace
+
+std::shared_ptr<Record> record_of(PyObject* native) { return cast(native)->record; }
+
 }  // namespace opkit_core
 
 PyMODINIT_FUNC PyInit_opkit_core() {
