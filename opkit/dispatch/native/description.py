@@ -165,7 +165,7 @@ def is_plain(schema: Schema) -> bool:
     """Whether the core can take an op's arguments and pass on its results as they are."""
     if schema.special or any(p.type.length or p.type.is_carried for p in schema.params):
         return False
-    types = [value.type for value in (*schema.params, *schema.results)]
+    types = [*(param.type for param in schema.params), *(result.type for result in schema.results)]
     return all(type.base in KINDS and not type.optional_elements for type in types)
 
 
