@@ -37,7 +37,12 @@ test: $(READY) $(PLUGINS)/.ready ## run every test (sets everything up first), o
 	    | xargs $(PIP) uninstall --quiet --yes; \
 	fi
 	@$(CORE)
-	@status=0; \
+	@mkdir -p build; status=0; core=; \
+	if [ -z "$(PYTEST_ARGS)" ]; then \
+	  echo "== tests of calls go through the native core meanwhile; what they print follows, and is in build/test-core.log"; \
+	  OPKIT_NATIVE=1 $(BIN)/python -m pytest $(CALLS) > build/test-core.log 2>&1 & core=$$!; \
+	  trap 'kill $$core' INT TERM; \
+	fi; \
 	for tests in $(if $(PYTEST_ARGS),,plugins/*/tests); do \
 	  [ -d "$$tests" ] || continue; \
 	  echo "== $$tests"; \
@@ -45,10 +50,10 @@ test: $(READY) $(PLUGINS)/.ready ## run every test (sets everything up first), o
 	done; \
 	echo "== tests, and the examples in the docstrings"; \
 	$(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
-	[ -n "$(PYTEST_ARGS)" ] || { \
-	  echo "== tests of calls, once more through the native core"; \
-	  OPKIT_NATIVE=1 $(BIN)/python -m pytest $(CALLS) || status=$$?; \
-	}; \
+	if [ -n "$$core" ]; then \
+	  wait $$core || status=$$?; \
+	  echo "== tests of calls through the native core"; cat build/test-core.log; \
+	fi; \
 	exit $$status
 
 lint: $(READY) ## check style and types
@@ -78,7 +83,7 @@ bench-torch: ## measure on another torch, likewise: make bench-torch VERSION=2.1
 
 wheels: $(READY) ## build a wheel in dist/ that carries the native core for some torches: make wheels TORCHES="2.13.0 2.15.0"
 	@rm -rf $(WHEELS) && mkdir -p $(WHEELS)
-	@cp -r opkit kernels pyproject.toml setup.py README.md LICENSE $(WHEELS)
+	@cp -r opkit opkit_boot.py kernels pyproject.toml setup.py README.md LICENSE $(WHEELS)
 	+@for version in $(TORCHES); do \
 	  [ $$version = $(TORCH) ] && how=carry || how="carry-torch VERSION=$$version"; \
 	  $(MAKE) --no-print-directory $$how || exit 1; \
