@@ -29,6 +29,7 @@ setup(
     distclass=OfPlatform,
     cmdclass={"bdist_wheel": OfAnyPython},
     package_dir=FOLDERS,
+    py_modules=["opkit_boot"],  # apart from opkit, as every `import torch` imports it
     packages=[
         name
         for package, folder in FOLDERS.items()

@@ -34,6 +34,7 @@ from opkit.errors import NoKernelError as NoKernelError
 from opkit.errors import OpkitError as OpkitError
 from opkit.errors import OpNotFoundError as OpNotFoundError
 from opkit.errors import OutputError as OutputError
+from opkit.errors import PluginError as PluginError
 from opkit.errors import RegistrationError as RegistrationError
 from opkit.errors import SchemaError as SchemaError
 from opkit.errors import ShapeError as ShapeError

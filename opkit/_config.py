@@ -44,6 +44,60 @@ def _flag(variable: Variable, text: str) -> bool:
     )
 
 
+_AUTOLOAD = ("0", "ops", "devices", "all")
+
+
+def _autoload(variable: Variable, text: str) -> str:
+    """Return `0`, `ops`, `devices` or `all`."""
+    word = text.strip().lower()
+    if word in _AUTOLOAD:
+        return word
+    if word in _TRUE or word in _FALSE:
+        return "all" if word in _TRUE else "0"
+    legal = dict.fromkeys((*_AUTOLOAD, *_TRUE, *_FALSE))
+    raise ConfigError(
+        f"reading {variable.name}: found {text!r}; expected one of {', '.join(legal)}. "
+        f"It says: {variable.meaning}. Unset it or use a legal value."
+    )
+
+
+def _device(variable: Variable, text: str) -> str:
+    name = text.strip()
+    if re.fullmatch(r"([a-z]\w*)?", name, re.ASCII):
+        return name
+    raise ConfigError(
+        f"reading {variable.name}: found {text!r}; expected the name of a device without an index, such as opk. "
+        f"It says: {variable.meaning}. Unset it or use a legal value."
+    )
+
+
+_PIN = re.compile(r"([^\s=@,]+)(?:==([^\s=@,]+))?(?:@sha256:([0-9a-f]{64}))?", re.ASCII)
+
+
+def _pins(variable: Variable, text: str) -> tuple[tuple[str, str, str], ...]:
+    """Return names with the versions and digests they are pinned to, empty where they are not."""
+    found = []
+    for part in _names(variable, text):
+        pin = _PIN.fullmatch(part)
+        if pin is None:
+            raise ConfigError(
+                f"reading {variable.name}: found {part!r}; expected NAME, NAME==VERSION, NAME@sha256:DIGEST or "
+                "NAME==VERSION@sha256:DIGEST, with the 64 hexadecimal digits that `opkit plugins why NAME` shows. "
+                f"It says: {variable.meaning}. Unset it or use a legal value."
+            )
+        found.append((pin[1], pin[2] or "", pin[3] or ""))
+    return tuple(found)
+
+
+def _seconds(variable: Variable, text: str) -> float:
+    if re.fullmatch(r"\d+(\.\d+)?", text.strip(), re.ASCII):
+        return float(text)
+    raise ConfigError(
+        f"reading {variable.name}: found {text!r}; expected a number of seconds such as 30 or 0.5. "
+        f"It says: {variable.meaning}. Unset it or use a legal value."
+    )
+
+
 def _frozen(variable: Variable, text: str) -> str:
     """Return `error`, `warn`, or nothing."""
     word = text.strip().lower()
@@ -72,7 +126,8 @@ def _twin(variable: Variable, text: str) -> str:
 
 def _folder(variable: Variable, text: str) -> Path:
     if text:  # absolute, or it would be another folder after os.chdir
-        return Path(text).expanduser().absolute()
+        folder = os.path.expanduser(text)  # much cheaper than asking Path
+        return Path(folder if os.path.isabs(folder) else os.path.join(os.getcwd(), folder))
     base = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "opkit"
 
@@ -130,7 +185,30 @@ VARIABLES = {
             "whether the native core runs ops: as soon as it is built, never (0), or always (1: wait for it, or raise)",
             _twin,
         ),
-        Variable("OPKIT_AUTOLOAD", "all", "whether installed plugins are called on first need", _flag),
+        Variable(
+            "OPKIT_AUTOLOAD",
+            "all",
+            "which installed plugins are used by themselves: none (0), those with ops, those with devices, or all",
+            _autoload,
+        ),
+        Variable(
+            "OPKIT_PLUGINS", "", "the only plugins to use, some perhaps pinned: fast,numba==0.1.0", _pins
+        ),
+        Variable("OPKIT_PLUGINS_DENY", "", "plugins not to use, whatever else is said: slow,other", _names),
+        Variable("OPKIT_DEVICE", "", "the device of a plugin to set up, whatever its probe says", _device),
+        Variable("OPKIT_STRICT", "0", "whether a plugin that is broken or does not fit is an error", _flag),
+        Variable(
+            "OPKIT_PLUGINS_TIMEOUT",
+            "120",
+            "seconds that a call of a plugin, or the trial of its library, may take (0: any number)",
+            _seconds,
+        ),
+        Variable(
+            "OPKIT_PLUGINS_PARENT",
+            "",
+            "set by opkit for child processes: the plugins that their parent uses",
+            lambda variable, text: text,
+        ),
         Variable(
             "OPKIT_CACHE_DIR",
             "",
@@ -162,8 +240,13 @@ VARIABLES = {
 @functools.cache
 def get(name: str) -> Any:
     """Return the parsed value of variable `name`; raise ConfigError where its text is not legal."""
+    return parse(name, os.environ.get(name, VARIABLES[name].default))
+
+
+def parse(name: str, text: str) -> Any:
+    """Return the value that variable `name` has as `text`; raise ConfigError where that is not legal."""
     variable = VARIABLES[name]
-    return variable.parse(variable, os.environ.get(name, variable.default))
+    return variable.parse(variable, text)
 
 
 def refresh() -> None:

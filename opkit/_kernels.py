@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, overload
@@ -14,7 +15,7 @@ from opkit.dispatch import select, table
 from opkit.dispatch.meta import Meta
 from opkit.dispatch.run import Runner
 from opkit.dispatch.select import Candidate, Explanation
-from opkit.dispatch.table import Kernel, KernelTable
+from opkit.dispatch.table import Fetch, Kernel, KernelTable
 from opkit.errors import BackendError, did_you_mean
 from opkit.spec.schema import Schema, check_signature
 
@@ -130,11 +131,47 @@ class HasKernels(Generic[P, R]):
         )
         if not isinstance(function, Source):
             check_signature(self.schema, function, f"a {kernel.backend} kernel")
+        self._enter_kernel(kernel)
+        return function
+
+    def _enter_kernel(self, kernel: Kernel) -> None:
         self._table.add(kernel)
         if kernel.inplace:  # what it overwrites is decided when a graph is compiled
             self._compiled.offer()
             self._compiled.changed()
-        return function
+
+    def _expect_kernel(
+        self,
+        device: str,
+        fetch: Fetch,
+        *,
+        backend: str,
+        dtypes: Iterable[torch.dtype] | None,
+        priority: int,
+        properties: Iterable[str],
+        inplace: Iterable[str] | Mapping[str, str | None],
+        source: str,
+    ) -> None:
+        """Add a kernel that is known by name only; `fetch` is called when it is selected.
+
+        Raises:
+            RegistrationError: as `register_kernel` does.
+        """
+
+        def absent(*_values: Any) -> Any:
+            raise AssertionError(f"the {backend} kernel of {self.name} is to be fetched before it is called")
+
+        kernel = table.make_kernel(
+            self.schema, device, absent, backend=backend, dtypes=dtypes, when=None, priority=priority,
+            source=source, properties=properties, inplace=inplace, plan=self._meta.plan,
+        )  # fmt: skip
+        self._enter_kernel(dataclasses.replace(kernel, fetch=fetch))
+
+    def _forget_expected(self, fetch: Fetch) -> None:
+        """Take a kernel out that `_expect_kernel` added and that cannot be fetched."""
+        for kernel in self._table.all():
+            if kernel.fetch is fetch:
+                self._table.discard(kernel)
 
     @property
     def kernels(self) -> tuple[Candidate, ...]:
@@ -193,6 +230,9 @@ class HasKernels(Generic[P, R]):
             >>> [kernel.device for kernel in vector_add.native_kernels("cpp", "cuda")]
             ['cpu', 'cuda']
         """
+        for kernel in self._table.all():
+            if kernel.fetch is not None:
+                kernel.fetch()
         found = [k for k in self._table.all() if isinstance(k.function, Source)]
         known = {k.backend for k in found}
         for name in backends:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _ops: dict[str, Op[..., Any]] = {}
 _additions: dict[str, list[Callable[[Op[..., Any]], object]]] = {}
+_promised: dict[str, Callable[[], object]] = {}
 _lock = threading.RLock()
 
 
@@ -30,7 +31,21 @@ def find(name: str) -> Op[..., Any] | None:
     check_name(name, "looking up an op")
     if name not in _ops:
         sources.consult_for_ops()
+        define = _promised.get(name)
+        if define is not None:
+            define()
+            _promised.pop(name, None)  # kept or broken: nobody is asked twice
     return _ops.get(name)
+
+
+def promise(name: str, define: Callable[[], object]) -> None:
+    """Say that `define` will define the op `name`, once it is asked for. It is listed until then."""
+    _promised[name] = define
+
+
+def withdraw(name: str) -> None:
+    """Take back a promise."""
+    _promised.pop(name, None)
 
 
 def get(name: str) -> Op[..., Any]:
@@ -66,9 +81,9 @@ def named(name: str, doing: str) -> Op[..., Any]:
 
 
 def list_ops() -> list[str]:
-    """Return the names of all ops, those of installed plugins included."""
+    """Return the names of all ops, those of installed plugins included: also those that `get` is still to import."""
     sources.consult_for_ops()
-    return sorted(_ops)
+    return sorted({*_ops, *_promised})
 
 
 def all_ops() -> list[Op[..., Any]]:

@@ -7,13 +7,15 @@ raises is asked again at the next need. Nothing here knows what a plugin is.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
 _ops: list[Callable[[], None]] = []
 _kernels: list[Callable[[], None]] = []
 _listeners: list[Callable[[], None]] = []
-_running = 0  # sources being called now, on the one thread that holds the lock
+# Sources being called now: by which thread, and the lists that they were taken from.
+_running: list[tuple[int, Callable[[], None], list[list[Callable[[], None]]]]] = []
 lock = threading.RLock()
 
 
@@ -50,12 +52,12 @@ def waiting() -> bool:
 
 
 def _consult(remaining: list[Callable[[], None]]) -> None:
-    global _running
     with lock:  # re-entrant: a source may look up ops itself, and finds itself gone from the lists
         while remaining:
             source = remaining[0]
             lists = [sources for sources in (_ops, _kernels) if source in sources]
-            _running += 1  # before the lists are empty, so that another thread waits for the lock
+            entry = threading.get_ident(), source, lists
+            _running.append(entry)  # before the lists are empty, so that another thread waits for the lock
             for sources in lists:
                 sources.remove(source)
             try:
@@ -65,4 +67,17 @@ def _consult(remaining: list[Callable[[], None]]) -> None:
                     sources.insert(0, source)
                 raise
             finally:
-                _running -= 1
+                _running.remove(entry)
+
+
+def _in_child() -> None:
+    """Do what threads had begun that a fork has left behind."""
+    global lock
+    lock = threading.RLock()
+    for entry in [entry for entry in _running if entry[0] != threading.get_ident()]:
+        _running.remove(entry)
+        for sources in entry[2]:
+            sources.insert(0, entry[1])
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -248,6 +248,11 @@ def all_operators() -> set[str]:
     return set(torch._C._dispatch_get_all_op_names())
 
 
+def custom_ops() -> dict[str, Any]:
+    """Return what torch.library.custom_op has made, by name; a second one of a name takes the place of the first."""
+    return dict(torch._library.custom_ops.OPDEFS)
+
+
 def definer(name: str) -> str:
     """Return where an operator or a whole namespace (TORCH_LIBRARY) was defined, empty where it was not.
 

@@ -18,6 +18,7 @@ Each class also derives from the builtin that a caller would catch:
     ├── VmapError(RuntimeError)           torch.vmap of the op is impossible or its rule is wrong
     ├── FrozenError(RuntimeError)         a call would build, load or select what was not prepared
     ├── BuildError(RuntimeError)          native code did not compile or load
+    ├── PluginError(RuntimeError)         an installed plugin is broken, and somebody asked for it
     └── ConfigError(ValueError)           an environment variable has a value opkit does not know
 
 Fields such as `op` and `log_path` are on the object, so that tools need not parse texts.
@@ -142,6 +143,10 @@ class BuildError(OpkitError, RuntimeError):
         self.diagnostics = tuple(diagnostics)
         self.log_path = log_path
         self.command = command
+
+
+class PluginError(OpkitError, RuntimeError):
+    """You asked for a plugin that is broken or excluded, or for errors where one is (OPKIT_STRICT)."""
 
 
 class ConfigError(OpkitError, ValueError):

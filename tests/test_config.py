@@ -33,19 +33,63 @@ def test_backends_are_split_at_commas(value, text, wanted):
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [(None, True), ("all", True), ("1", True), ("Yes", True), ("0", False), ("off", False)],
+    [(None, "all"), ("all", "all"), ("1", "all"), ("Yes", "all"), ("0", "0"), ("off", "0"), (" OPS", "ops")],
 )
-def test_autoload_is_a_flag(value, text, wanted):
-    assert value("OPKIT_AUTOLOAD", text) is wanted
+def test_autoload_is_a_word_or_a_flag(value, text, wanted):
+    assert value("OPKIT_AUTOLOAD", text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("1", True), ("Yes", True), ("true", True), ("0", False), ("off", False), ("no", False)],
+)
+def test_strict_is_a_flag(value, text, wanted):
+    assert value("OPKIT_STRICT", text) is wanted
+
+
+def test_plugins_may_be_pinned(value):
+    digest = "0f" * 32
+    assert value("OPKIT_PLUGINS", f"fast, numba==0.1.0, a@sha256:{digest},b==1@sha256:{digest}") == (
+        ("fast", "", ""),
+        ("numba", "0.1.0", ""),
+        ("a", "", digest),
+        ("b", "1", digest),
+    )
+
+
+@pytest.mark.parametrize("text", ["fast=1", "a==", "a@sha256:12", "a>=1", "a b"])
+def test_a_pin_that_is_none_raises_with_the_forms(value, text):
+    with pytest.raises(opkit.ConfigError) as caught:
+        value("OPKIT_PLUGINS", text)
+    assert str(caught.value) == (
+        f"reading OPKIT_PLUGINS: found {text!r}; expected NAME, NAME==VERSION, NAME@sha256:DIGEST or "
+        "NAME==VERSION@sha256:DIGEST, with the 64 hexadecimal digits that `opkit plugins why NAME` shows. It says: the "
+        "only plugins to use, some perhaps pinned: fast,numba==0.1.0. Unset it or use a legal value."
+    )
+
+
+@pytest.mark.parametrize("text", ["opk:0", "Opk", "2"])
+def test_a_device_that_is_no_name_raises_with_an_example(value, text):
+    with pytest.raises(opkit.ConfigError) as caught:
+        value("OPKIT_DEVICE", text)
+    assert str(caught.value) == (
+        f"reading OPKIT_DEVICE: found {text!r}; expected the name of a device without an index, such as opk. It says: "
+        "the device of a plugin to set up, whatever its probe says. Unset it or use a legal value."
+    )
 
 
 def test_wrong_flag_raises_with_name_meaning_and_legal_values(value):
     with pytest.raises(opkit.ConfigError) as caught:
         value("OPKIT_AUTOLOAD", "maybe")
     assert str(caught.value) == (
-        "reading OPKIT_AUTOLOAD: found 'maybe'; expected one of 1, true, yes, on, all, 0, false, no, off. It says: "
-        "whether installed plugins are called on first need. Unset it or use a legal value."
+        "reading OPKIT_AUTOLOAD: found 'maybe'; expected one of 0, ops, devices, all, 1, true, yes, on, false, no, "
+        "off. It says: which installed plugins are used by themselves: none (0), those with ops, those with devices, "
+        "or all. Unset it or use a legal value."
     )
+    with pytest.raises(
+        opkit.ConfigError, match="OPKIT_STRICT: found 'maybe'; expected one of 1, true, yes, on, all, 0"
+    ):
+        value("OPKIT_STRICT", "maybe")
 
 
 def test_cache_folder_is_expanded(value, monkeypatch):
@@ -132,4 +176,7 @@ def test_every_variable_is_in_the_table_with_its_meaning():
 def _names(text):
     import re
 
-    return re.findall(r"(?<=get\(\")OPKIT_[A-Z_]+(?=\"\))|(?<=environ\[\")OPKIT_[A-Z_]+", text)
+    return re.findall(
+        r"(?<=get\(\")OPKIT_[A-Z_]+(?=\"\))|(?<=environ\[\")OPKIT_[A-Z_]+|(?<=: \")OPKIT_[A-Z_]+(?=\",\n)",
+        text,
+    )

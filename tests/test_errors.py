@@ -15,6 +15,7 @@ TREE = {
     "BackendError": LookupError,
     "NoKernelError": NotImplementedError, "GradientError": RuntimeError, "BuildError": RuntimeError,
     "FrozenError": RuntimeError, "DeviceError": RuntimeError, "ConfigError": ValueError, "VmapError": RuntimeError,
+    "PluginError": RuntimeError,
 }  # fmt: skip
 
 

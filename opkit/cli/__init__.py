@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from opkit import _frozen
 from opkit.errors import OpkitError
 
-_COMMANDS = ("build", "cache", "prepare")
+_COMMANDS = ("build", "cache", "plugins", "prepare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

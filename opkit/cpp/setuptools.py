@@ -338,7 +338,7 @@ def _kernels(modules: Sequence[str], folder: Path) -> Iterator[_Kernel]:
             getattr(module, function)(registry)
             for registration in registry.registrations:
                 registration.apply(opkit.get(registration.op), entry)
-    for op in map(opkit.get, opkit.list_ops()):
+    for op in filter(None, map(opkit.find, opkit.list_ops())):
         for kernel in op.native_kernels():
             source = kernel.function
             if isinstance(source, Source) and f"{folder}{os.sep}" in source.where:

@@ -22,7 +22,7 @@ from opkit import _sources as sources
 from opkit.cpp.light import Source
 from opkit.dispatch import preference
 from opkit.dispatch.preference import Preference
-from opkit.dispatch.table import Kernel, KernelTable
+from opkit.dispatch.table import Fetch, Kernel, KernelTable
 from opkit.errors import BuildError
 from opkit.spec.schema import Schema
 
@@ -33,11 +33,22 @@ _asking = threading.local()  # has `call`, the schema and the arguments of the c
 
 def consult(schema: Schema, values: Sequence[Any]) -> None:
     """Let sources register their kernels, on behalf of a call."""
+    before = getattr(_asking, "call", None)
     _asking.call = schema, values
     try:
         sources.consult_for_kernels()
     finally:
-        del _asking.call
+        _asking.call = before
+
+
+def fetch(schema: Schema, values: Sequence[Any], kernel: Fetch) -> None:
+    """Fetch a kernel that is known by name only, on behalf of a call."""
+    before = getattr(_asking, "call", None)
+    _asking.call = schema, values
+    try:
+        kernel()
+    finally:
+        _asking.call = before
 
 
 def refuse_plugins(names: Sequence[str]) -> None:
@@ -45,7 +56,7 @@ def refuse_plugins(names: Sequence[str]) -> None:
     held = _frozen.hold()
     if held is None:
         return
-    schema, values = getattr(_asking, "call", (None, ()))
+    schema, values = getattr(_asking, "call", None) or (None, ())
     plugins = f"the plugin{'s' if len(names) > 1 else ''} {', '.join(names)}"
     if schema is None:
         text = (

@@ -106,6 +106,9 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
         lasting = lasting and kernel.when is None
         reason = _reject(kernel, table, values, wanted, ask=True)
         if reason is None:
+            if kernel.fetch is not None:
+                frozen.fetch(table.schema, values, kernel.fetch)
+                return choose(table, values)
             kind = (*key[:2], wanted._replace(inline=())) if wanted.inline else key
             if kernel not in table.selected.get(kind, ()):
                 frozen.select(table, kind, kernel, values, rejected)
@@ -187,6 +190,9 @@ def explain(table: KernelTable, values: Sequence[Any]) -> Explanation:
             status = "rejected"
         elif selected:
             status, reason = "available", ""
+        elif kernel.fetch is not None:  # what it is like, only the kernel itself can tell
+            frozen.fetch(table.schema, values, kernel.fetch)
+            return explain(table, values)
         else:
             selected, status, reason = True, "selected", _why(kernel, wanted)
         candidates.append(Candidate(kernel.backend, kernel.device, kernel.source, status, reason))
@@ -224,6 +230,8 @@ def _reject(
         lacks = [name for name in wanted.required if name not in stated]
         if lacks:
             return f"does not state that it is {' or '.join(lacks)}"
+    if kernel.fetch is not None and ask and kernel.fetch.busy:
+        return "it is being loaded"
     if isinstance(kernel.function, Source):
         missing = kernel.function.unavailable()
         if missing and not kernel.function.is_carried(table.schema, table.plan(), kernel.backend):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +23,16 @@ from opkit.spec.schema import Schema, check_signature, describe
 
 REFERENCE = "reference"
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "meta")
+
+
+class Fetch(Protocol):
+    """Where a kernel is that is known by name only. Called when it is selected, it puts the kernel into its place."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether this thread is fetching it."""
+
+    def __call__(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +51,7 @@ class Kernel:
     source: str = ""
     properties: tuple[str, ...] = ()
     inplace: Inplace = ()
+    fetch: Fetch | None = None
     _slots: list[list[Any]] = field(default_factory=lambda: [[]], repr=False)
 
     def slot(self) -> list[Any]:
@@ -84,6 +95,12 @@ class KernelTable:
                 kernels.discard(old)
         preference.know(kernel.backend)
         self.reconsider()
+
+    def discard(self, kernel: Kernel) -> None:
+        """Forget a kernel, if it is there still."""
+        if self._kernels.get((kernel.device, kernel.backend)) is kernel:
+            del self._kernels[kernel.device, kernel.backend]
+            self.reconsider()
 
     def reconsider(self) -> None:
         """Forget the choices made."""

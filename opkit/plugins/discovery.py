@@ -1,30 +1,90 @@
-"""Which plugins are installed: the entry points of the group `opkit.plugins`.
+"""Which plugins a folder of `sys.path` holds: the entry points of the group `opkit.plugins`, and their manifests.
 
-Reads what installers wrote and imports nothing. One distribution with unreadable metadata does not
-hide the others, whether it is a plugin or not.
+Reads what installers wrote, without importlib.metadata, which parses every file, and imports nothing. One
+distribution with unreadable metadata does not hide the others. Keeping what was read is the catalog's part.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, distributions
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from opkit.plugins.manifest import FILE, Manifest, parse
 
 GROUP = "opkit.plugins"
+_SUFFIXES = (".dist-info", ".egg-info")
+
+Stamp = tuple[int, int] | None  # of a file: its time of change and its size
 
 
-@dataclass(frozen=True)
-class Found:
-    """One entry point of an installed distribution; `problem` says why it could not be read."""
+class Row(NamedTuple):
+    """A plugin as the catalog keeps it; `manifest` is what `Manifest.plain` gave."""
 
     name: str
     distribution: str
     version: str
     value: str
     location: str
-    entry_point: EntryPoint | None = None
+    metadata: str
+    problem: str
+    manifest: tuple[Any, ...] | None
+    manifest_path: str
+    watched: tuple[tuple[str, Stamp], ...]
+
+
+class Listing(NamedTuple):
+    """What a folder holds: the names of all distributions, torch's version, and the plugins."""
+
+    names: tuple[str, ...] = ()
+    torch: str = ""
+    rows: tuple[Row, ...] = ()
+    watched: tuple[tuple[str, Stamp], ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """One entry point of an installed distribution; `problem` says why it could not be read.
+
+    Attributes:
+        name: of the entry point.
+        value: of the entry point, `module:function`, or `module` where the manifest says everything.
+        location: the folder of `sys.path` that has it.
+        metadata: the distribution's folder of metadata.
+        manifest_path: where the manifest is, empty where there is none.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    value: str
+    location: str
+    metadata: str = ""
     problem: str = ""
+    manifest_path: str = ""
+    plain: tuple[Any, ...] | None = None
+
+    @staticmethod
+    def of(row: Row) -> Found:
+        return Found(*row[:7], row.manifest_path, row.manifest)
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """What the plugin says of itself, or what is remembered of it."""
+        return None if self.plain is None else Manifest.from_plain(self.plain)
+
+    @property
+    def module(self) -> str:
+        """The module that the entry point names."""
+        return self.value.partition(":")[0].partition("[")[0].strip()
+
+    @property
+    def function(self) -> str:
+        """The object that the entry point names in its module, or nothing."""
+        return self.value.partition(":")[2].partition("[")[0].strip()
 
     @property
     def source(self) -> str:
@@ -35,55 +95,167 @@ class Found:
         return f"plugin {self.name!r} of {self.distribution} {self.version}"
 
 
-def scan() -> list[Found]:
-    """Return the installed plugins, ordered by name and then by distribution."""
-    found: list[Found] = []
-    seen: set[str] = set()
-    for candidate in distributions():
-        # importlib.metadata.entry_points() parses every file at once, and raises where one of them is
-        # malformed: here only the files that name the group are parsed, each by itself.
-        if GROUP not in _entry_points_text(candidate):
-            continue
-        name, _ = _identity(candidate)
-        key = re.sub(r"[-_.]+", "-", name).lower()
-        if key not in seen:
-            seen.add(key)
-            found += _read(_first_on_path(name) or candidate)
-    return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution))
+def normalized(name: str) -> str:
+    """Return the name of a distribution as installers compare them."""
+    name = name.lower().replace("_", "-").replace(".", "-")
+    while "--" in name:  # compiling an expression would take longer than all of this
+        name = name.replace("--", "-")
+    return name
 
 
-def _read(source: Distribution) -> Iterator[Found]:
-    name, version = _identity(source)
-    location = str(source.locate_file(""))
+def stamp(path: str) -> Stamp:
+    """Return what changes when a file does, or None where there is none."""
     try:
-        points = [point for point in source.entry_points if point.group == GROUP]
-    except Exception as error:
-        problem = f"its entry_points.txt cannot be read ({type(error).__name__}: {error})"
-        yield Found(name, name, version, "", location, problem=problem)
-        return
-    for point in points:
-        yield Found(point.name, name, version, point.value, location, point)
-
-
-def _first_on_path(name: str) -> Distribution | None:
-    """Return the distribution that Python would take for this name: an earlier one shadows a later one."""
-    try:
-        return distribution(name)
-    except (PackageNotFoundError, ValueError):
+        found = os.stat(path)
+    except OSError:
         return None
+    return found.st_mtime_ns, found.st_size
 
 
-def _entry_points_text(source: Distribution) -> str:
+def read(folder: str) -> Listing:
+    """Return what a folder of `sys.path` holds. A zip file is read by importlib.metadata."""
     try:
-        return source.read_text("entry_points.txt") or ""
-    except (OSError, UnicodeDecodeError):
+        with os.scandir(folder or ".") as entries:
+            found = sorted(entry.name for entry in entries if entry.name.endswith(_SUFFIXES))
+    except NotADirectoryError:
+        return _read_archive(folder)
+    except OSError:
+        return Listing()
+    names: list[str] = []
+    rows: list[Row] = []
+    watched: list[tuple[str, Stamp]] = []
+    torch = ""
+    for metadata in found:
+        name, version = _identity(metadata)
+        if normalized(name) in names:  # what an interrupted upgrade left
+            continue
+        names.append(normalized(name))
+        torch = version if name == "torch" and not torch else torch
+        path = os.path.join(folder, metadata, "entry_points.txt")
+        if metadata.endswith(
+            ".egg-info"
+        ):  # a build writes into it again, which leaves the folder's time as it is
+            watched.append((path, stamp(path)))
+        content = _bytes(path)
+        if GROUP.encode() in content:
+            rows += _rows(folder, metadata, content)
+    return Listing(tuple(names), torch, tuple(rows), tuple(watched))
+
+
+def _identity(metadata: str) -> tuple[str, str]:
+    """Return name and version as the name of a folder has them."""
+    name, _, version = metadata.rpartition(".")[0].partition("-")
+    return name, version.partition("-py")[0] if metadata.endswith(".egg-info") else version
+
+
+def _rows(folder: str, metadata: str, content: bytes) -> Iterator[Row]:
+    """Yield the plugins of one distribution."""
+    name, version = _stated(os.path.join(folder, metadata))
+    place = os.path.join(folder, metadata)
+    path = os.path.join(place, "entry_points.txt")
+    watched = ((path, stamp(path)),)
+    try:
+        points = list(_points(content.decode()))
+    except ValueError as error:
+        problem = f"its entry_points.txt cannot be read ({type(error).__name__}: {error})"
+        yield Row(name, name, version, "", folder, place, problem, None, "", watched)
+        return
+    for point, value in points:
+        problem, manifest, found = "", None, ""
+        places = [(path, stamp(path)) for path in _manifests(folder, value.partition(":")[0].strip())]
+        if exists := [path for path, then in places if then]:
+            found = exists[0]
+            manifest, problem = _read_manifest(found, point)
+        yield Row(point, name, version, value, folder, place, problem, manifest, found, (*watched, *places))
+
+
+def _points(text: str) -> Iterator[tuple[str, str]]:
+    """Yield name and value of the entry points of the group, as importlib.metadata reads them."""
+    group = ""
+    for line in map(str.strip, text.splitlines()):
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("[") and line.endswith("]"):
+            group = line[1:-1]
+        elif group == GROUP:
+            name, equals, value = line.partition("=")
+            if not equals:
+                raise ValueError(f"the line {line!r} has no equals sign")
+            yield name.strip(), value.strip()
+
+
+def _stated(metadata: str) -> tuple[str, str]:
+    """Return name and version as the metadata state them; what is missing or damaged has stand-ins."""
+    file = "METADATA" if metadata.endswith(".dist-info") else "PKG-INFO"
+    head = _bytes(os.path.join(metadata, file)).partition(b"\n\n")[0].decode(errors="replace")
+    fields = dict(re.findall(r"^(Name|Version):[ \t]*(\S+)", head, re.MULTILINE))
+    return fields.get("Name", "(no name)"), fields.get("Version", "(no version)")
+
+
+def _manifests(folder: str, module: str) -> list[str]:
+    """Return where the manifest of a module can be: in its package, the innermost first."""
+    parts = module.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return []
+    for root in (os.path.join(folder, parts[0]), _elsewhere(folder, parts[0])):
+        if os.path.isdir(root):
+            return [os.path.join(root, *parts[1:depth], FILE) for depth in range(len(parts), 0, -1)]
+    return []
+
+
+def _elsewhere(folder: str, package: str) -> str:
+    """Return where Python finds a package that is not beside its metadata, as after an editable install."""
+    if os.path.exists(os.path.join(folder, package)) or os.path.exists(os.path.join(folder, f"{package}.py")):
         return ""
+    from importlib.util import find_spec
 
-
-def _identity(source: Distribution) -> tuple[str, str]:
-    """Return name and version; metadata that is missing or damaged has stand-ins."""
     try:
-        metadata = source.metadata
-        return metadata["Name"] or "(no name)", metadata["Version"] or "(no version)"
-    except Exception:
-        return "(no name)", "(no version)"
+        spec = find_spec(package)
+    except Exception:  # a finder of somebody's, or a module that has none
+        return ""
+    places = spec.submodule_search_locations if spec else None
+    return next(iter(places), "") if places else ""
+
+
+def _read_manifest(path: str, name: str) -> tuple[tuple[Any, ...] | None, str]:
+    """Return a manifest as the catalog keeps it, or what is wrong with it."""
+    from opkit.errors import PluginError
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            made = parse(file.read(), path)
+    except PluginError as error:
+        return None, str(error)
+    except (OSError, ValueError) as error:
+        return None, f"its manifest {path} cannot be read ({type(error).__name__}: {error})"
+    if made.name != name:
+        return (
+            None,
+            f"its manifest {path} has the name {made.name!r}; expected that of the entry point, {name!r}",
+        )
+    return made.plain(), ""
+
+
+def _bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _read_archive(path: str) -> Listing:
+    """Return what a zip file holds; no manifest is looked for in it."""
+    from importlib.metadata import distributions
+
+    names: list[str] = []
+    rows: list[Row] = []
+    for source in distributions(path=[path]):
+        try:
+            name, version = source.metadata["Name"], source.version
+            names.append(normalized(name))
+            points = _points(source.read_text("entry_points.txt") or "")
+            rows += [Row(p, name, version, v, path, "", "", None, "", ()) for p, v in points]
+        except Exception:  # metadata that cannot be read
+            continue
+    return Listing(tuple(names), "", tuple(rows), ())

@@ -1,187 +1,441 @@
-"""Calling plugins: once each, one after the other, none of them able to break the caller.
+"""From what is installed to kernels that run: plugins are registered, and what is needed of them is loaded.
 
-Keeps what became of every plugin. It imports torch only when there is a plugin to call.
+A plugin that opkit knows, by its manifest or from the last time, is registered: its kernels stand in their ops'
+tables by name, its ops and toolchain are promised, and nothing of it is imported until one of them is needed. A plugin
+that opkit does not know is called at once. One thread at a time is in a plugin, and nothing that one does breaks the
+caller. Imports torch only when there is a plugin to register.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
-import traceback
-from typing import TYPE_CHECKING, Any
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from opkit import _config
 from opkit import _sources as sources
-from opkit.errors import warn
-from opkit.plugins import discovery
-from opkit.plugins.discovery import Found
+from opkit.errors import DuplicateOpError, PluginError, did_you_mean
+from opkit.plugins import catalog, forks, quarantine, remembered, report, resolve, store
 from opkit.plugins.registry import Registration, Registry
+from opkit.plugins.standin import StandIn
+from opkit.plugins.state import State, blame, describe, remedy
+from opkit.plugins.watchdog import HungError, Stopped
 
 if TYPE_CHECKING:
     from opkit._op import Op
+    from opkit.plugins.isolation import Subject
+    from opkit.plugins.natives import Refusal
 
-_ROOM = os.path.dirname(__file__)
-
-
-class State:
-    """What became of one plugin."""
-
-    def __init__(self, found: Found) -> None:
-        self.found = found
-        self.status = "not loaded"  # then "loaded" or "failed"
-        self.reason = ""
-        self.remedy = ""
-        self.traceback = ""
-        self.registrations: list[Registration] = []
-        self.calling = False
-        self.reported = False
-
-    def fail(self, reason: str, remedy: str, trace: str = "") -> None:
-        """Note a failure; of several, all reasons and the first traceback are kept."""
-        self.status = "failed"
-        self.reason = f"{self.reason}; {reason}" if self.reason else reason
-        self.remedy = self.remedy or remedy
-        self.traceback = self.traceback or trace
-
+T = TypeVar("T")
 
 _states: list[State] | None = None
+_depth = 0  # of calls that report what failed when they end
 
 
 def states() -> list[State]:
-    """Return the state of every installed plugin; the scan happens once, here or in `load`."""
+    """Return the state of every installed plugin, by name and distribution; the first call looks for them.
+
+    Raises:
+        ConfigError: a variable or a file has a value that opkit does not know, or the parent process has others.
+    """
     global _states
     with sources.lock:
         if _states is None:
-            _states = [State(found) for found in discovery.scan()]
+            with store.writing():
+                _states = resolve.resolve(catalog.installed())
         return _states
 
 
+def forget() -> None:
+    """Look for plugins again when they are next asked for; what is loaded stays."""
+    global _states
+    _config.refresh()
+    _states = None
+
+
 def load_when_needed() -> None:
-    """Call the plugins, as ops or kernels are needed; in a frozen process that is an error, if there are some.
+    """Register the plugins, as ops or kernels are needed, and call those of which opkit knows nothing.
 
     Raises:
-        FrozenError: plugins would be called.
-        ConfigError: OPKIT_AUTOLOAD has a value that opkit does not know.
+        FrozenError: plugins would be called, and the process is frozen.
+        ConfigError: as `states` does.
+        PluginError: OPKIT_STRICT is set, and a plugin is wrong.
     """
-    if _config.get("OPKIT_AUTOLOAD"):
-        waiting = [
-            state.found.name for state in states() if state.status == "not loaded" and not state.calling
-        ]
-        if waiting:
-            from opkit.dispatch import frozen
+    with _at_work():
+        register()
+        unknown = [s for s in resolve.ordered(states()) if s.status == "registered" and s.manifest is None]
+        unknown = [s for s in unknown if not s.is_loading]
+        if unknown:
+            _refuse_if_frozen(unknown)
+        for state in unknown:
+            call(state)
+    report.failures(states())
 
-            frozen.refuse_plugins(waiting)
-    load()
 
+def load(*names: str) -> None:
+    """Load plugins now, with everything that they bring, instead of when it is first needed.
 
-def load() -> None:
-    """Call every installed plugin that has not been called, unless OPKIT_AUTOLOAD turns that off.
+    Plugins that fail are reported through `warnings`, unless they are asked for by name. Other threads that need ops
+    or kernels meanwhile wait.
 
-    Other threads that need ops or kernels meanwhile wait. Failures are reported through `warnings`
-    after the last plugin, and never raised.
+    Args:
+        *names: of plugins; by default all that policy allows.
 
     Raises:
-        ConfigError: OPKIT_AUTOLOAD has a value that opkit does not know.
+        PluginError: a plugin that is named is not installed, is left out, or fails.
+        ConfigError: a variable or a file has a value that opkit does not know.
+
+    Example:
+        >>> import opkit
+        >>> opkit.plugins.load()
     """
-    with sources.lock:
-        if not _config.get("OPKIT_AUTOLOAD"):
-            return
-        for state in states():
-            if state.status == "not loaded" and not state.calling:
-                state.calling = True
-                try:
-                    _call(state)
-                finally:
-                    state.calling = False
+    with _at_work():
+        chosen = [named(name) for name in names] if names else states()
+        register()
+        for state in resolve.ordered(chosen):
+            _load_all(state)
+    for state in chosen if names else ():
+        if state.status != "loaded":
+            raise PluginError(report.text(state))
+    report.failures(states())
+
+
+def named(name: str) -> State:
+    """Return the state of the plugin `name`.
+
+    Raises:
+        PluginError: there is none.
+    """
     for state in states():
-        if state.status == "failed" and not state.reported:
-            state.reported = True  # first, as the warning may be raised as an error
-            _warn(f"loading {state.found}", state)
+        if state.found.name == name:
+            return state
+    known = sorted({state.found.name for state in states()})
+    raise PluginError(
+        f"loading the plugin {name}: it is not installed; installed are {', '.join(known) or 'none'}."
+        f"{did_you_mean(name, known)} Install the distribution that brings it, or name one of these."
+    )
 
 
-def _call(state: State) -> None:
-    """Import a plugin, call its function, and let what it registered take effect."""
+def register() -> None:
+    """Make known what the plugins bring that are neither left out nor registered."""
+    with _at_work():
+        for state in resolve.ordered(states()):
+            if state.status == "discovered":
+                state.status = "registered"
+                _register(state)
+
+
+def call(state: State) -> None:
+    """Import a plugin, call its function, and let what it registered take effect. Once."""
+    with _at_work():
+        if state.called or state.is_loading or state.is_out:
+            return
+        for other in resolve.before(state, states()):
+            call(other)
+        registry = Registry(state.found.source)
+        before = remembered.snapshot()
+        try:
+            run(state, registry)
+        except Stopped:  # not the plugin's doing: it is called at the next need
+            registry.take_back()
+            raise
+        except BaseException as error:
+            registry.take_back()
+            state.called = True
+            _fail(state, error)
+            return
+        finally:
+            registry.close()
+        state.called, state.registry = True, registry
+        _accept(state, registry.registrations)
+        remembered.note(state, registry, before)
+
+
+def run(state: State, registry: Registry) -> None:
+    """Import a plugin and call its function; raise what that raises."""
+
+    def doing() -> None:
+        state.doing = f"importing {state.found.value}"
+        function = _function(state)
+        state.doing = f"calling {state.found.value}"
+        function(registry)
+
+    _call(state, doing)
+
+
+def make(stand_in: StandIn) -> Registration:
+    """Import and call the factory of a kernel, and return what it makes; raise what that raises."""
+    state, entry = stand_in.state, stand_in.entry
+
+    def doing() -> tuple[Any, Any]:
+        state.doing = f"importing {entry.factory}"
+        factory = _object(*entry.factory.split(":"))
+        when = _object(*entry.when.split(":")) if entry.when else None
+        state.doing = f"calling {entry.factory}"
+        return factory(), when
+
+    function, when = _call(state, doing)
+    state.doing = f"registering its kernel for {entry}"
+    return Registration(
+        entry.op, entry.device, function, entry.backend, stand_in.dtypes(), when, entry.priority,
+        entry.properties, stand_in.inplace(),
+    )  # fmt: skip
+
+
+def fetch(stand_in: StandIn) -> None:
+    """Put a kernel that a manifest names into its place, or take its stand-in away."""
+    state = stand_in.state
+    with _at_work():  # whoever comes second finds it there
+        if not stand_in.waiting or state.is_loading:
+            return
+        _refuse_if_frozen([state])
+        if not stand_in.entry.factory:
+            call(state)
+        elif not state.is_out:
+            for other in resolve.before(state, states()):
+                call(other)
+            _fill(stand_in)
+        if stand_in.waiting:
+            stand_in.give_up()
+    report.failures([state])
+
+
+def withdraw(state: State) -> None:
+    """Take everything back that a plugin has registered; its state says why."""
+    from opkit import _registry
+
+    if state.registry is not None:
+        state.registry.take_back()
+    _withdraw_promises(state)
+    for stand_in in state.stand_ins:
+        stand_in.give_up()
+    for op in _registry.all_ops():
+        for kernel in op._table.all():
+            if kernel.source == state.found.source:
+                op._table.discard(kernel)
+    state.stand_ins, state.registrations = [], []
+
+
+@contextlib.contextmanager
+def _at_work() -> Iterator[None]:
+    """Be the one thread that changes what is loaded."""
+    global _depth
+    with sources.lock:
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
+
+
+def _call(state: State, function: Callable[[], T]) -> T:
+    """Run code of a plugin. Everything of a plugin that opkit runs, but its kernels, runs in here."""
+    from opkit.plugins import isolation
+
+    state.enter()
+    try:
+        outcome = isolation.call(_subject(state), f"loading {state.found.value}", function)
+    finally:
+        state.leave()
+    state.refusals = outcome.refusals
+    state.notes += [note for note in outcome.notes if note not in state.notes]
+    if outcome.error is not None:
+        raise outcome.error
+    state.notes += [f"{refusal}; it gets along without" for refusal in outcome.refusals]
+    return cast("T", outcome.value)
+
+
+def _subject(state: State) -> Subject:
+    """Return the plugin as isolation knows it."""
+    from opkit.plugins.isolation import Subject
+    from opkit.plugins.natives import Natives
+
+    found, limit = state.found, _config.get("OPKIT_PLUGINS_TIMEOUT")
+    if state.natives is None:
+        state.natives = Natives(found.name, found.module, limit=limit)
+    declared = state.manifest.patches if state.manifest is not None else ()
+    return Subject(found.name, resolve.tried_as(found), state.natives, declared, limit)
+
+
+def _register(state: State) -> None:
+    """Put stand-ins for what a manifest names."""
     from opkit import _registry
     from opkit.dispatch import preference
 
-    found, registry = state.found, Registry(state.found.source)
-    if found.entry_point is None:
-        state.fail(found.problem, f"Reinstall {found.distribution}.")
+    manifest = state.manifest
+    if manifest is None or not state.wants_ops:
         return
-    doing = f"importing {found.value}"
+    for name in manifest.ops:
+        _registry.promise(name, functools.partial(_define, state))
+    if manifest.toolchain is not None:
+        from opkit.cpp import toolchain as toolchains
+
+        toolchains.promise(
+            manifest.toolchain.name, manifest.toolchain.suffixes, functools.partial(_define, state)
+        )
+    state.stand_ins = [StandIn(entry, state, fetch) for entry in manifest.kernels]
+    for stand_in in state.stand_ins:
+        preference.know(stand_in.entry.backend)  # also where its op is still to come
+        _registry.when_defined(stand_in.entry.op, functools.partial(_place, state, stand_in))
+
+
+def _define(state: State) -> None:
+    """Have a plugin define what it promised."""
+    _refuse_if_frozen([] if state.called or state.is_loading else [state])
+    call(state)
+    report.failures([state])
+
+
+def _load_all(state: State) -> None:
+    if state.status not in ("registered", "loaded"):
+        return
+    if state.found.function or state.manifest is None:
+        call(state)
+    for stand_in in state.stand_ins:
+        if stand_in.waiting and not state.is_loading:
+            _fill(stand_in) if stand_in.entry.factory else stand_in.give_up()
+    if not state.is_loading:
+        _loaded(state)
+
+
+def _function(state: State) -> Callable[[Registry], object]:
+    found = state.found
+    if not found.function:
+        raise PluginError(
+            f"{found.value or 'its entry point'} names no function; expected module:function, which takes the registry"
+        )
+    function = _object(found.module, found.function)
+    if not callable(function):
+        raise PluginError(
+            f"{found.value} is of type {type(function).__name__}; expected a function of one argument"
+        )
+    made: Callable[[Registry], object] = function
+    return made
+
+
+def _object(module: str, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def _fill(stand_in: StandIn) -> None:
+    """Put what a kernel's factory makes into its place."""
     try:
-        function = found.entry_point.load()
-        if not callable(function):
-            kind = type(function).__name__
-            state.fail(f"{found.value} is of type {kind}; expected a function of one argument", _blame(found))
-            return
-        doing = f"calling {found.value}"
-        function(registry)
-    except (Exception, SystemExit) as error:
-        registry.take_back()
-        state.fail(f"{doing} raised {_describe(error)}", _remedy(found, error), _format(error))
-        return
-    except BaseException:  # such as Ctrl-C, which is not the plugin's doing: it is called at the next need
-        registry.take_back()
+        stand_in.fill(make(stand_in))
+    except Stopped:
         raise
-    finally:
-        registry.close()
-    state.status = "loaded"
-    state.registrations = registry.registrations
-    for registration in registry.registrations:
-        preference.know(registration.backend)  # also where its op is still to come
-        _registry.when_defined(registration.op, functools.partial(_apply, state, registration))
+    except BaseException as error:
+        stand_in.give_up()
+        _fail(stand_in.state, error)
+        return
+    _loaded(stand_in.state)
+
+
+def _loaded(state: State) -> None:
+    if state.status == "registered":
+        state.status = "loaded"
+    forks.watch(state, withdraw)
+
+
+def _accept(state: State, registrations: Sequence[Registration]) -> None:
+    """Let the kernels that a plugin's function registered take effect."""
+    from opkit import _registry
+    from opkit.dispatch import preference
+
+    _loaded(state)
+    _withdraw_promises(state)
+    awaited = {stand_in.key: stand_in for stand_in in state.stand_ins if stand_in.waiting}
+    for registration in registrations:
+        preference.know(registration.backend)
+        stand_in = awaited.pop((registration.op, registration.device, registration.backend), None)
+        if stand_in is None:
+            state.registrations.append(registration)
+            _registry.when_defined(registration.op, functools.partial(_apply, state, registration))
+        else:
+            _guarded(state, str(registration), functools.partial(stand_in.fill, registration))
+    for stand_in in awaited.values():
+        if not stand_in.entry.factory:
+            stand_in.give_up()
+            state.notes.append(f"its function did not register a kernel that is expected: {stand_in.entry}")
 
 
 def _apply(state: State, registration: Registration, op: Op[..., Any]) -> None:
     """Give a kernel to its op; called again when the op is redefined."""
+    if not state.is_out:
+        _guarded(state, str(registration), functools.partial(registration.apply, op, state.found.source))
+
+
+def _place(state: State, stand_in: StandIn, op: Op[..., Any]) -> None:
+    """Give a stand-in to its op; called again when the op is redefined."""
+    if not state.is_out:
+        _guarded(state, str(stand_in.entry), functools.partial(stand_in.place, op))
+
+
+def _guarded(state: State, kernel: str, register: Callable[[], None]) -> None:
     try:
-        registration.apply(op, state.found.source)
+        register()
     except Exception as error:
-        reason = f"its kernel for {registration} does not fit: {_describe(error)}"
-        if reason not in state.reason:  # a redefined op has it tried again
-            state.fail(reason, _blame(state.found), _format(error))
-            if not state.calling:
-                state.reported = True
-                _warn(f"registering a kernel of {state.found}", state)
+        known = state.reason
+        state.fail(f"its kernel for {kernel} does not fit: {describe(error)}", blame(state.found), error)
+        if state.reason != known and _depth == 0:  # else the caller reports
+            state.reported = False
+            report.failures([state])
 
 
-def _warn(doing: str, state: State) -> None:
-    rest = "What else it registered is in force." if state.registrations else "opkit goes on without it."
-    more = f"opkit.plugins.why({state.found.name!r}) shows {'the traceback' if state.traceback else 'where it is'}."
-    warn(f"{doing}: {state.reason}. {rest} {state.remedy} {more}")
+def _fail(state: State, error: BaseException) -> None:
+    if isinstance(error, DuplicateOpError):
+        other = next(
+            (s for s in states() if s is not state and s.registry and error.op in s.registry.ops), None
+        )
+        if other is not None:
+            resolve.conflict_over(error.op or "", [other, state])
+            withdraw(other)
+            withdraw(state)
+            return
+    if state.refusals:
+        _refuse(state, state.refusals[0])
+    elif isinstance(error, HungError):
+        state.traceback = state.traceback or error.where
+        state.fail(str(error), blame(state.found))
+    elif type(error) is PluginError:
+        state.fail(str(error).rstrip("."), blame(state.found))
+    else:
+        state.fail(f"{state.doing} raised {describe(error)}", remedy(state.found, error), error)
+    if state.called or state.is_out:  # else its function may still keep what was promised
+        _withdraw_promises(state)
 
 
-def _describe(error: BaseException) -> str:
-    try:
-        text = str(error).strip().partition("\n")[0]
-    except Exception:
-        text = "its text cannot be shown"
-    return f"{type(error).__name__}: {text}".removesuffix(": ").rstrip(".")
+def _refuse(state: State, refusal: Refusal) -> None:
+    """Leave a plugin out that cannot do without a library that must not be opened."""
+    state.traceback = state.traceback or refusal.said
+    if refusal.cause == "conflict":
+        advice = (
+            f"Use only one of the two: OPKIT_PLUGINS_DENY={state.found.name}, or do not import the other."
+        )
+        state.reject(
+            "conflict", rule="torch takes one definition of each", reason=str(refusal), remedy=advice
+        )
+    else:
+        state.quarantine(str(refusal), quarantine.remedy(state.found.name), rule="the trial of its library")
 
 
-def _blame(found: Found) -> str:
-    return f"Report it to the authors of {found.distribution}, or take it out: pip uninstall {found.distribution}."
+def _withdraw_promises(state: State) -> None:
+    manifest = state.manifest
+    if manifest is None:
+        return
+    from opkit import _registry
+
+    for name in manifest.ops:
+        _registry.withdraw(name)
+    if manifest.toolchain is not None:
+        from opkit.cpp import toolchain as toolchains
+
+        toolchains.withdraw(manifest.toolchain.name)
 
 
-def _remedy(found: Found, error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        missing = error.name.partition(".")[0]
-        own = found.value.partition(":")[0].strip().partition(".")[0]
-        if missing != own:
-            return f"Install what provides the module {missing!r}, or take it out: pip uninstall {found.distribution}."
-        return f"Reinstall {found.distribution}: its entry point names a module that is not there."
-    return _blame(found)
+def _refuse_if_frozen(waiting: Sequence[State]) -> None:
+    if waiting:
+        from opkit.dispatch import frozen
 
-
-def _format(error: BaseException) -> str:
-    """Return the traceback as text, from the plugin's first frame on."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None and _is_ours(trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace))
-
-
-def _is_ours(filename: str) -> bool:
-    inside = ("importlib/__init__.py", "importlib/metadata/__init__.py")
-    return filename.startswith((_ROOM, "<frozen importlib")) or filename.endswith(inside)
+        frozen.refuse_plugins([state.found.name for state in waiting])

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
     from opkit._op import Op
@@ -68,6 +70,10 @@ class Registry:
     Args:
         source: who registers, as `explain` shows it.
 
+    Attributes:
+        devices: the devices that were registered, each with the reason why it is not set up, if it is not.
+        lasting: whether the next process may take it that the plugin registers the same again.
+
     Example:
         >>> import torch
         >>> def register(registry: Registry) -> None:
@@ -88,6 +94,8 @@ class Registry:
         self.registrations: list[Registration] = []
         self._ops: list[Op[..., Any]] = []
         self._toolchains: list[str] = []
+        self.devices: dict[str, str] = {}
+        self.lasting = True
         self._closed = False
 
     def op(
@@ -248,6 +256,54 @@ class Registry:
         toolchains.register(toolchain)
         self._toolchains.append(toolchain.name)
 
+    def register_device(
+        self,
+        name: str,
+        *,
+        stub: ModuleType | str,
+        loader: Callable[[], ModuleType | None] | str,
+        probe: Mapping[str, str | Sequence[str]] | Callable[[], bool | str] | None = None,
+    ) -> None:
+        """Bring a device for torch's slot, whose library is loaded at the first tensor on it.
+
+        It gets the slot if the user chose it (OPKIT_DEVICE), or if nobody chose one and the probe says yes. The
+        same in the manifest has torch know the device as soon as it is imported.
+
+        Args:
+            name: what it is called in `torch.device(name)`.
+            stub: the module that answers as `torch.<name>` without the library, or its name. It has `device_count`;
+                what opkit adds is in `opkit.plugins.device`.
+            loader: loads the library and returns the rest of `torch.<name>` as a module; or `module:function`.
+            probe: a dict of what must exist, of the kinds `file`, `variable` and `module`; or a function that
+                returns True, or False or a reason (str) why there is no such device here.
+
+        Raises:
+            PluginError: it is wanted and another device has the slot, or torch has something else of that name.
+            RegistrationError: the plugin's function has returned, or `probe` is none of these.
+        """
+        from opkit.plugins import boot
+        from opkit.plugins.device import Device, install, owner
+
+        self._check_open(f"registering the device {name}")
+        self.lasting = False  # the next process is to have it too, and only the plugin can say where
+        probing = _probe(name, self.source, probe)
+        has_slot = owner()
+        if has_slot is not None and (has_slot.name, has_slot.source) == (name, self.source):
+            return  # the manifest has the same
+        self.devices[name] = boot.offer(name, probing)
+        if not self.devices[name]:
+            install(Device(name, stub, loader, self.source, self.source))
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The names of the ops that were declared."""
+        return tuple(made.name for made in self._ops)
+
+    @property
+    def toolchains(self) -> tuple[str, ...]:
+        """The names of the toolchains that were registered."""
+        return tuple(self._toolchains)
+
     def close(self) -> None:
         """Take nothing more."""
         self._closed = True
@@ -272,3 +328,29 @@ class Registry:
                 f"{doing} for {self.source}: the plugin's function has returned already; expected this while "
                 "it runs. Register in the function, or use opkit.op and opkit.get(name).register_kernel."
             )
+
+
+def _probe(name: str, source: str, probe: Any) -> Callable[[], bool | str] | None:
+    """Return a probe as a function."""
+    if probe is None or callable(probe):
+        made: Callable[[], bool | str] | None = probe
+        return made
+    import opkit_boot
+    from opkit.plugins.manifest import PROBES
+
+    if not isinstance(probe, Mapping) or not probe or not set(probe) <= set(PROBES):
+        from opkit.errors import RegistrationError
+
+        raise RegistrationError(
+            f"registering the device {name} for {source}: its probe is {probe!r}; expected a function, or a dict with "
+            f"some of {', '.join(PROBES)}. Write probe={{'file': '/dev/...'}}."
+        )
+    pairs = [
+        (kind, one) for kind, named in probe.items() for one in ([named] if isinstance(named, str) else named)
+    ]
+
+    def find() -> bool | str:
+        absent = opkit_boot.missing(pairs)
+        return f"its probe does not find {' and '.join(absent)}" if absent else True
+
+    return find

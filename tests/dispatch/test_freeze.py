@@ -388,22 +388,19 @@ def waiting_source(monkeypatch, pending):
     """A source that asks for plugins, as the one that opkit installs does."""
     from opkit import _sources
     from opkit.plugins import loader
+    from opkit.plugins.discovery import Found
+    from opkit.plugins.state import State
 
-    class State:
-        status, calling, reported = "not loaded", False, False
-
-        def __init__(self, name):
-            self.found = type("Found", (), {"name": name})
-
-    states = [State(name) for name in pending]
+    states = [State(Found(name, name, "1.0", f"{name}:register", "/site")) for name in pending]
     called = []
 
     def call(state):
-        state.status = "loaded"
-        called.append(state.found.name)
+        if state.status == "registered":
+            state.status = "loaded"
+            called.append(state.found.name)
 
     monkeypatch.setattr(loader, "states", lambda: states)
-    monkeypatch.setattr(loader, "_call", call)
+    monkeypatch.setattr(loader, "call", call)
     _sources.consult_for_ops()
     _sources.install(loader.load_when_needed)
     return called

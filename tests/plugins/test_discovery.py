@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import opkit
-from opkit.plugins import discovery
+from opkit.plugins import catalog
 
 CODE = """
     def register(registry):
@@ -23,7 +23,7 @@ def test_the_scan_finds_what_the_standard_library_finds(fresh):
     fresh.install("two", CODE, points="# opkit.plugins is only mentioned\n[other]\nx = two:f\n")
     points = [p for p in entry_points(group="opkit.plugins") if Path(p.dist.locate_file("")) == fresh.folder]
     standard = sorted((p.name, p.dist.name, p.value) for p in points)
-    assert [(f.name, f.distribution, f.value) for f in discovery.scan()] == standard
+    assert [(f.name, f.distribution, f.value) for f in catalog.installed()] == standard
     assert ("a", "one", "one:f") in standard
 
 
@@ -32,12 +32,13 @@ def test_an_earlier_distribution_shadows_a_later_one(fresh, monkeypatch, tmp_pat
     fresh.install(
         "twice", CODE, points="[console_scripts]\nx = twice:f\n", version="2.0", folder=tmp_path / "first"
     )
-    assert [f.name for f in discovery.scan()] == ["old"]
+    assert [f.name for f in catalog.installed()] == ["old"]
     monkeypatch.syspath_prepend(str(tmp_path / "first"))
-    assert discovery.scan() == []
+    assert catalog.installed() == []
     points = "[opkit.plugins]\nnew = twice:register\n"
     (tmp_path / "first" / "twice-2.0.dist-info" / "entry_points.txt").write_text(points)
-    assert [(f.name, f.version) for f in discovery.scan()] == [("new", "2.0")]
+    catalog.refresh()  # what is edited where it is, without being a plugin before, no time tells
+    assert [(f.name, f.version) for f in catalog.installed()] == [("new", "2.0")]
 
 
 def test_unreadable_metadata_of_others_hides_no_plugin(fresh):
@@ -51,8 +52,12 @@ def test_unreadable_metadata_of_others_hides_no_plugin(fresh):
     Path(fresh.folder / "latin-1.0.dist-info" / "entry_points.txt").write_bytes(
         b"[opkit.plugins]\n\xe9 = latin:f\n"
     )
-    found = [(f.name, f.distribution, f.version) for f in discovery.scan()]
-    assert found == [("good", "good", "1.0"), ("nameless", "(no name)", "(no version)")]
+    found = [(f.name, f.distribution, f.version, bool(f.problem)) for f in catalog.installed()]
+    assert found == [
+        ("good", "good", "1.0", False),
+        ("latin", "latin", "1.0", True),
+        ("nameless", "(no name)", "(no version)", False),
+    ]
 
 
 def test_an_unknown_name_lists_the_installed(fresh):

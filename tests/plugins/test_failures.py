@@ -113,12 +113,13 @@ def test_a_broken_plugin_is_reported_once_and_the_others_work(fresh, case):
     assert (plugin.distribution, plugin.version, plugin.status) == ("broken-dist", "2.1", "failed")
     assert plugin.reason.startswith(happened)
     story = opkit.plugins.why("broken").splitlines()
-    assert story[:2] == [
+    assert story[:3] == [
         "broken of broken-dist 2.1: failed",
         f"  found: broken_dist:register in {fresh.folder}",
+        "  decided by: the default, by which installed plugins are used",
     ]
-    assert story[2].startswith(f"  what happened: {happened}")
-    assert story[3] == f"  what to do: {advice}"
+    assert story[3].startswith(f"  what happened: {happened}")
+    assert story[4] == f"  what to do: {advice}"
 
 
 def test_a_module_that_is_not_there_is_named(fresh):
@@ -146,7 +147,8 @@ def test_entry_points_that_cannot_be_parsed_are_reported_for_their_distribution(
     mine = define_mine()
     with pytest.warns(
         UserWarning,
-        match=r"loading plugin 'torn' of torn 1.0: its entry_points.txt cannot be read \(TypeError: .*\). "
+        match=r"loading plugin 'torn' of torn 1.0: its entry_points.txt cannot be read \(ValueError: the "
+        r"line 'no equals sign' has no equals sign\). "
         r"opkit goes on without it. Reinstall torn. opkit.plugins.why\('torn'\) shows where it is.",
     ):
         assert mine.explain(torch.ones(2)).selected == "good"
@@ -195,7 +197,7 @@ def test_a_plugin_that_raises_leaves_nothing_behind(fresh):
         return x / 2
 
 
-def test_two_plugins_that_declare_one_op_keep_the_first(fresh):
+def test_two_plugins_that_declare_one_op_are_both_left_out_and_named(fresh):
     code = """
         import torch
 
@@ -206,12 +208,16 @@ def test_two_plugins_that_declare_one_op_keep_the_first(fresh):
     """
     for name in ("first", "second"):
         fresh.install(name, code.format(name=name))
-    with pytest.warns(
-        UserWarning,
-        match="plugin 'second' of second 1.0: .*DuplicateOpError: declaring site::same: found two",
-    ):
-        same = opkit.get("site::same")
-    assert same.reference.__name__ == "first"
+    with pytest.warns(UserWarning, match="site::same") as caught:
+        assert opkit.find("site::same") is None
+    assert [str(w.message).partition(". ")[0] for w in caught] == [
+        f"leaving out plugin {name!r} of {name} 1.0: first of first 1.0 and second of second 1.0 define the op "
+        "site::same"
+        for name in ("first", "second")
+    ]
+    assert "OPKIT_PLUGINS_DENY=second, or pip uninstall second" in str(caught[0].message)
+    assert [(p.status, p.cause) for p in opkit.plugins.list()] == [("rejected", "conflict")] * 2
+    assert "site::same" not in opkit.list_ops()
 
 
 WRONG = """
@@ -249,7 +255,7 @@ def test_a_late_kernel_that_does_not_fit_does_not_break_the_definition(fresh):
         mine = define_mine()
     (warning,) = caught
     assert str(warning.message).startswith(
-        "registering a kernel of plugin 'partly' of partly 1.0: its kernel for site::mine on cpu (wrong) does not fit"
+        "loading plugin 'partly' of partly 1.0: its kernel for site::mine on cpu (wrong) does not fit"
     )
     assert mine.explain(torch.ones(2)).selected == "right"
     assert [p.status for p in opkit.plugins.list()] == ["failed"]

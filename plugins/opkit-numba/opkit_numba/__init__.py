@@ -1,108 +1,40 @@
 """opkit-numba: CPU kernels for ops of opkit, compiled by numba.
 
-opkit finds `register` through the entry point `numba` and calls it when kernels are first needed. numba takes
-a second to import, so that waits until one of the kernels here runs: `_compiled` is imported in them only.
+`opkit-plugin.toml` beside this file says which there are, and names the functions here. opkit calls one of them when
+its kernel is selected; only then numba is imported, which takes a second.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    import numpy
-
-    from opkit.plugins import Registry
-
-__all__ = ["register"]
-
-DTYPES = (torch.float32, torch.float64)
-PRIORITY = -1  # after native kernels, which state none and have 0; before the reference
+__all__ = ["rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward"]
 
 
-def register(registry: Registry) -> None:
-    """Register the kernels with opkit.
+def rms_norm() -> Callable[..., Any]:
+    """Return the kernel of `opkit::rms_norm`."""
+    from opkit_numba import kernels
 
-    Example:
-        >>> from opkit.plugins import Registry
-        >>> registry = Registry("example 1.0")
-        >>> register(registry)
-        >>> print(registry.registrations[0])
-        opkit::rms_norm on cpu (numba)
-    """
-    for kernel in (rms_norm, rms_norm_backward, swiglu, swiglu_backward):
-        registry.register_kernel(
-            f"opkit::{kernel.__name__}", "cpu", kernel, backend="numba", dtypes=DTYPES, priority=PRIORITY
-        )
+    return kernels.rms_norm
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """y = x rstd weight and rstd = 1 / sqrt(mean(x^2) + eps), row by row."""
-    from opkit_numba import _compiled
+def rms_norm_backward() -> Callable[..., Any]:
+    """Return the kernel of `opkit::rms_norm_backward`."""
+    from opkit_numba import kernels
 
-    y = torch.empty(x.shape, dtype=x.dtype)
-    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
-    shape = (rstd.numel(), x.shape[-1])
-    _compiled.rms_norm(
-        _array(x, x.dtype).reshape(shape),
-        _array(weight, x.dtype),
-        eps,
-        y.numpy().reshape(shape),
-        rstd.numpy().reshape(-1),
-    )
-    return y, rstd
+    return kernels.rms_norm_backward
 
 
-def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """grad_x = rstd (g w - xhat mean(g w xhat)) and grad_weight = sum over rows of g xhat, with xhat = x rstd."""
-    from opkit_numba import _compiled
+def swiglu() -> Callable[..., Any]:
+    """Return the kernel of `opkit::swiglu`."""
+    from opkit_numba import kernels
 
-    grad_x = torch.empty(x.shape, dtype=x.dtype)
-    grad_weight = torch.zeros(weight.shape, dtype=torch.float64)
-    n = x.shape[-1]
-    shape = (x.numel() // n if n else 0, n)
-    _compiled.rms_norm_backward(
-        _array(grad_y, x.dtype).reshape(shape),
-        _array(x, x.dtype).reshape(shape),
-        _array(weight, x.dtype),
-        eps,
-        grad_x.numpy().reshape(shape),
-        grad_weight.numpy(),
-    )
-    return grad_x, grad_weight.to(weight.dtype)
+    return kernels.swiglu
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """y = gate sigmoid(gate) up, element by element."""
-    from opkit_numba import _compiled
+def swiglu_backward() -> Callable[..., Any]:
+    """Return the kernel of `opkit::swiglu_backward`."""
+    from opkit_numba import kernels
 
-    y = torch.empty(gate.shape, dtype=gate.dtype)
-    _compiled.swiglu(_flat(gate), _flat(up), y.numpy().reshape(-1))
-    return y
-
-
-def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """grad_gate = grad_y up s (1 + gate (1 - s)) and grad_up = grad_y gate s, with s = sigmoid(gate)."""
-    from opkit_numba import _compiled
-
-    grad_gate = torch.empty(gate.shape, dtype=gate.dtype)
-    grad_up = torch.empty(gate.shape, dtype=gate.dtype)
-    _compiled.swiglu_backward(
-        _flat(grad_y), _flat(gate), _flat(up), grad_gate.numpy().reshape(-1), grad_up.numpy().reshape(-1)
-    )
-    return grad_gate, grad_up
-
-
-def _array(tensor: Tensor, dtype: torch.dtype) -> numpy.ndarray:
-    """Return a contiguous array, without a copy where the tensor is one of this dtype.
-
-    numba compiles anew for every layout, so strided tensors are copied. numpy takes neither tensors that
-    require grad nor lazy negations, which a caller may have around torch's dispatcher.
-    """
-    return tensor.detach().resolve_neg().to(dtype).contiguous().numpy()
-
-
-def _flat(tensor: Tensor) -> numpy.ndarray:
-    return _array(tensor, tensor.dtype).reshape(-1)
+    return kernels.swiglu_backward

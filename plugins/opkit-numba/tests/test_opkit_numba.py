@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 
-import opkit_numba
 import pytest
 import torch
+from opkit_numba import kernels
 from torch.autograd import gradcheck
 
 import opkit
+import opkit.testing.plugin
 from opkit_kernels import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 
 OPS = {op.name.removeprefix("opkit::"): op for op in (rms_norm, rms_norm_backward, swiglu, swiglu_backward)}
@@ -30,8 +31,19 @@ LAYOUTS = {
 }
 
 
+class TestPlugin(opkit.testing.plugin.Suite):
+    name = "numba"
+
+    def slack(self, op, dtype):
+        # grad_x is the difference of two terms, which are equal but for eps where a row has equal elements.
+        return 1e-6 if (op, dtype) == ("opkit::rms_norm_backward", "float32") else super().slack(op, dtype)
+
+
 @pytest.fixture(autouse=True)
-def numba_only():
+def numba_only(request):
+    if request.cls is not None:  # the suite prefers backends itself
+        yield
+        return
     torch.manual_seed(0)
     with opkit.use_backend("numba", strict=True):
         yield
@@ -134,7 +146,7 @@ def test_kernels_take_tensors_that_numpy_does_not():
     up = torch.randn(4, 8, requires_grad=True)
     expected = swiglu.reference(negated, up.detach())
     torch.testing.assert_close(swiglu(negated, up).detach(), expected)
-    torch.testing.assert_close(opkit_numba.swiglu(negated, up), expected)
+    torch.testing.assert_close(kernels.swiglu(negated, up), expected)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -195,7 +207,7 @@ def test_compile_with_gradients():
 
 def test_the_plugin_is_found_loaded_and_named():
     (plugin,) = [p for p in opkit.plugins.list() if p.distribution == "opkit-numba"]
-    assert (plugin.name, plugin.entry_point, plugin.status) == ("numba", "opkit_numba:register", "loaded")
+    assert (plugin.name, plugin.entry_point, plugin.status) == ("numba", "opkit_numba", "loaded")
     for op in OPS.values():
         (kernel,) = [k for k in op.kernels if k.backend == "numba"]
         assert kernel.source == f"opkit-numba {plugin.version} (plugin numba)"
@@ -228,8 +240,9 @@ def test_numba_is_imported_by_the_first_kernel_that_runs_and_forked_children_liv
 import os, sys, torch, opkit
 from opkit_kernels import swiglu
 x = torch.randn(64)
+print([k.backend for k in swiglu.kernels][:2], "opkit_numba" in sys.modules)
 with opkit.use_backend("numba"):
-    print(swiglu.explain(x, x).selected, "opkit_numba" in sys.modules, "numba" in sys.modules)
+    print(swiglu.explain(x.bfloat16(), x.bfloat16()).selected, "opkit_numba" in sys.modules)
     expected = swiglu(x, x)
     print("numba" in sys.modules, flush=True)
     child = os.fork()
@@ -238,7 +251,8 @@ with opkit.use_backend("numba"):
     print("status", os.waitpid(child, 0)[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines() == ["numba True False", "True", "status 0"], done.stderr
+    lines = ["['cpp', 'numba'] False", "cpp False", "True", "status 0"]
+    assert done.stdout.splitlines() == lines, done.stderr
 
 
 def test_several_threads_run_the_kernels_at_once():
