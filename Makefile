@@ -16,12 +16,14 @@ PLUGINS := build/test-plugins
 CALLS := tests/dispatch tests/transforms tests/kernels/test_every_op.py tests/kernels/test_rms_norm.py \
   $(patsubst %,tests/test_%.py,adopt chains op overload prepare refusals registry signatures upstream_pains) \
   --ignore=tests/dispatch/test_native_build.py --ignore=tests/transforms/test_fingerprint.py  # in processes of their own
+# Most of these start processes.
+BESIDE := tests/plugins tests/cli tests/testing/test_plugin_kit.py
 WHEELS := build/wheels
 CORE := $(BIN)/python -m opkit build --native
 NATIVE := find opkit kernels plugins examples tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak sanitize test-torch bench-torch wheels carry carry-torch clean
+.PHONY: help demo test beside lint bench soak sanitize test-torch bench-torch wheels carry carry-torch clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,23 +39,32 @@ test: $(READY) $(PLUGINS)/.ready ## run every test (sets everything up first), o
 	    | xargs $(PIP) uninstall --quiet --yes; \
 	fi
 	@$(CORE)
-	@mkdir -p build; status=0; core=; \
-	if [ -z "$(PYTEST_ARGS)" ]; then \
-	  echo "== tests of calls go through the native core meanwhile; what they print follows, and is in build/test-core.log"; \
-	  OPKIT_NATIVE=1 $(BIN)/python -m pytest $(CALLS) > build/test-core.log 2>&1 & core=$$!; \
-	  trap 'kill $$core' INT TERM; \
-	fi; \
-	for tests in $(if $(PYTEST_ARGS),,plugins/*/tests); do \
-	  [ -d "$$tests" ] || continue; \
+	@mkdir -p build; status=0; \
+	[ -n "$(PYTEST_ARGS)" ] || { \
+	  echo "== meanwhile, on another core: $(notdir $(BESIDE)), plugins, calls through the native core"; \
+	  echo "   what they print follows, and is in build/test-beside.log"; \
+	  $(MAKE) --no-print-directory beside > build/test-beside.log 2>&1 & beside=$$!; \
+	  trap 'kill $$beside' INT TERM; \
+	}; \
+	echo "== tests, and the examples in the docstrings"; \
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(BESIDE:%=--ignore=%)) || status=$$?; \
+	[ -n "$(PYTEST_ARGS)" ] || { \
+	  wait $$beside || status=$$?; \
+	  cat build/test-beside.log; \
+	}; \
+	exit $$status
+
+# What `test` runs beside the other tests.
+beside:
+	@status=0; \
+	for tests in plugins/*/tests; do \
 	  echo "== $$tests"; \
 	  PYTHONPATH=$(CURDIR)/$(PLUGINS) $(BIN)/python -m pytest "$$tests" || status=$$?; \
 	done; \
-	echo "== tests, and the examples in the docstrings"; \
-	$(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; \
-	if [ -n "$$core" ]; then \
-	  wait $$core || status=$$?; \
-	  echo "== tests of calls through the native core"; cat build/test-core.log; \
-	fi; \
+	echo "== $(BESIDE)"; \
+	$(BIN)/python -m pytest $(BESIDE) || status=$$?; \
+	echo "== tests of calls, through the native core"; \
+	OPKIT_NATIVE=1 $(BIN)/python -m pytest $(CALLS) || status=$$?; \
 	exit $$status
 
 lint: $(READY) ## check style and types

@@ -831,6 +831,7 @@ def loaded_elsewhere(path, *imports):
         "print(found.tolist(), 'opkit' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path.parent), *sys.path])}
+    environment["OPKIT_AUTOLOAD"] = "0"  # or torch has opkit look for devices
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 

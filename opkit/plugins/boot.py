@@ -164,23 +164,14 @@ def _named(state: State) -> str:
 
 def _remember() -> None:
     """Keep which folders hold plugins with a device, for `opkit_boot`; folders that just changed are left out."""
-    found = catalog.installed()
     settled = time.time_ns() - _SETTLED
-    known = {
-        folder: (
-            changed,
-            opkit_boot.distributions(folder),
-            [(d.name, d.probe) for plugin in found if plugin.location == folder and (d := _offered(plugin))],
-            [
-                (path, opkit_boot.stamp(path))
-                for plugin in found
-                if plugin.location == folder
-                for path in _files(plugin)
-            ],
-        )
-        for folder, changed in opkit_boot.folders()
-        if changed < settled
-    }
+    known = {}
+    for folder, changed in opkit_boot.folders():
+        if changed < settled:
+            found = catalog.in_folder(folder)
+            offered = [(d.name, d.probe) for plugin in found if (d := _offered(plugin))]
+            watched = [(path, opkit_boot.stamp(path)) for plugin in found for path in _files(plugin)]
+            known[folder] = changed, opkit_boot.distributions(folder), offered, watched
     target = opkit_boot.path()
     kept = dict(list({**_kept(target), **known}.items())[-opkit_boot.FOLDERS :])
     unfinished = f"{target}.{os.getpid()}"

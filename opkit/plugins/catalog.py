@@ -43,6 +43,12 @@ def installed() -> list[Found]:
     return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution))
 
 
+def in_folder(folder: str) -> list[Found]:
+    """Return the plugins that a folder of `sys.path` holds, also those that an earlier folder has in their place."""
+    with store.writing():
+        return [Found.of(row) for row in _listing(folder).rows]
+
+
 def facts() -> Facts:
     """Return the versions that are in use; torch is not imported for it."""
     import opkit

@@ -70,20 +70,17 @@ class Layout:
         """Return `run` for arguments of any strides: it gets copies where theirs do not fit."""
         if self.format is None:
             return run
-        mutated = {p.name: i for i, p in enumerate(schema.positional) if p.mutated}
-        named = [p.name for p in schema.keyword_only if p.mutated]
+        mutated = {p.name: i for i, p in enumerate(schema.params) if p.mutated}
 
         def arranged(*args: Any, **kwargs: Any) -> Any:
             own = [self._arrange(a) for a in args]
             by_name = {name: self._arrange(a) for name, a in kwargs.items()}
             returned = run(*own, **by_name)
             for name, index in mutated.items():
-                if index < len(args):
+                if name in kwargs:
+                    _copy_back(kwargs[name], by_name[name])
+                elif index < len(args):
                     _copy_back(args[index], own[index])
-                else:
-                    _copy_back(kwargs.get(name), by_name.get(name))
-            for name in named:
-                _copy_back(kwargs.get(name), by_name.get(name))
             return returned
 
         return arranged

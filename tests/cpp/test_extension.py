@@ -506,7 +506,7 @@ def test_load_inline_with_tensors():
         module.twice(torch.ones(3, 3))
 
 
-def test_importing_the_package_compiles_nothing_and_looks_for_nothing(cache_dir):
+def test_importing_the_package_compiles_nothing_and_looks_for_no_compiler(cache_dir):
     code = "import subprocess, torch; subprocess.Popen = None"  # newer torch runs ldconfig as it is imported
     code += "; import opkit.cpp; print(sorted(opkit.cpp.__all__))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -514,4 +514,6 @@ def test_importing_the_package_compiles_nothing_and_looks_for_nothing(cache_dir)
     assert done.stdout == "['Toolchain', 'build', 'kernel', 'load', 'load_inline', 'register_toolchain']\n", (
         done.stderr
     )
-    assert not cache_dir.exists()
+    assert {path.name for path in cache_dir.glob("*")} <= {
+        "plugins"
+    }  # torch has asked for devices of plugins

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 
@@ -142,6 +143,16 @@ def test_installing_and_removing_are_noticed(site):
     assert site.run(SAY, CARD="1").startswith("True")
     site.uninstall("tiny")
     assert site.run(SAY, CARD="1").startswith("False")
+
+
+def test_a_device_that_one_process_sees_elsewhere_is_seen_by_others(site, tmp_path):
+    tiny_device.install(site)
+    site.settle()
+    project = tmp_path / "project"
+    shutil.copytree(site.folder, project)  # as of an author, who has the distribution in his project too
+    os.utime(project, (1, 1))
+    site.run(f"import sys; sys.path.insert(0, {str(project)!r}); import torch", OPKIT_DEVICE="tiny")
+    assert site.run(SAY, OPKIT_DEVICE="tiny") == "True True None\n"
 
 
 def test_a_damaged_file_is_read_anew(site, monkeypatch, tmp_path):
