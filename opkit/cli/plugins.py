@@ -35,6 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     command("refresh", _refresh, "forget what was remembered of plugins, and look anew")
 
+    new = command("new", _new, "write a new plugin: a package that passes its own tests")
+    new.add_argument("name", metavar="NAME", help="of the plugin, and of its ops' namespace or its device")
+    new.add_argument("--kind", required=True, choices=("kernel-python", "kernel-cpp", "device"))
+    new.add_argument(
+        "--into", metavar="FOLDER", default=".", help="where the project's folder is made; default: here"
+    )
+
+    test = command("test", _test, "run the conformance suite on an installed plugin; needs pytest")
+    test.add_argument("name", metavar="NAME", help="of the plugin")
+
     for name, action, text in (
         ("enable", _enable, "take a plugin out of quarantine, and off the user's deny-list"),
         ("disable", _disable, "put a plugin onto the user's deny-list"),
@@ -127,6 +137,33 @@ def _validate(arguments: argparse.Namespace) -> int:
         for problem in problems:
             print(f"  {problem}")
     return code
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from opkit.plugins import scaffold
+
+    for path in scaffold.write(arguments.name, arguments.kind, Path(arguments.into)):
+        print(path)
+    project = Path(arguments.into, f"opkit-{arguments.name}")
+    print(f"to try it: cd {project} && pip install -e '.[test]' && python -m pytest")
+    return 0
+
+
+def _test(arguments: argparse.Namespace) -> int:
+    import importlib.util
+
+    from opkit.errors import PluginError
+
+    if importlib.util.find_spec("pytest") is None:
+        raise PluginError(
+            f"testing the plugin {arguments.name}: pytest is not installed, with which the conformance suite runs. "
+            "Install it: pip install 'torch-opkit[test]'."
+        )
+    from opkit.testing.plugin import command
+
+    return command.run(arguments.name)
 
 
 def _refresh(arguments: argparse.Namespace) -> int:

@@ -66,7 +66,7 @@ def check(op: Op[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     values = op.schema.fill(*op.schema.carry(args, kwargs))
     before, op._table.quiet = op._table.quiet, True  # that it runs its reference here concerns nobody
     try:
-        records = (*_kernels(op, values), *gradients.records(op, values), *properties.records(op, values))
+        records = (*kernels(op, values), *gradients.records(op, values), *properties.records(op, values))
     finally:
         op._table.quiet = before
         op._table.reconsider()  # what was decided unsaid is said at the next call
@@ -76,13 +76,20 @@ def check(op: Op[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     return report
 
 
-def _kernels(op: Op[..., Any], values: Sequence[Any]) -> Iterator[Record]:
-    """Yield what each kernel that can take the call gives."""
+def kernels(
+    op: Op[..., Any], values: Sequence[Any], *, only: str | None = None, slack: float = 0.0
+) -> Iterator[Record]:
+    """Yield what each kernel that can take the call gives, or only those of the backend `only`.
+
+    Results may be off by `slack` beyond the tolerance.
+    """
     args, kwargs = op.schema.split(op.schema.restore(values))
     right, missing = _expected(op, values)
     part = tolerance(named([p.name for p in op.schema.params], values).values())
     for candidate in op.explain(*args, **kwargs).candidates:
         backend = candidate.backend
+        if only not in (None, backend):
+            continue
         if candidate.status == "rejected":
             yield Record(op.name, backend, "kernel", "skipped", candidate.reason)
             continue
@@ -99,7 +106,7 @@ def _kernels(op: Op[..., Any], values: Sequence[Any]) -> Iterator[Record]:
             yield Record(op.name, backend, "results", "skipped", missing)
             continue
         for name, value in found.items():
-            wrong = difference(value, right.get(name), part)
+            wrong = difference(value, right.get(name), part, slack)
             yield Record(op.name, backend, f"result {name}", "failed" if wrong else "passed", *(wrong or ()))
 
 

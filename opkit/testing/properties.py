@@ -18,10 +18,11 @@ REPEATS = 10  # calls for each number of threads
 ROWS = 32  # of a batch that are compared
 
 
-def records(op: Op[..., Any], values: Sequence[Any]) -> Iterator[Record]:
-    """Yield what is found of every kernel that states something and can take the call."""
+def records(op: Op[..., Any], values: Sequence[Any], *, only: str | None = None) -> Iterator[Record]:
+    """Yield what is found of every kernel that states something and can take the call; perhaps `only` of a backend."""
     args, kwargs = op.schema.split(op.schema.restore(values))
     able = {c.backend for c in op.explain(*args, **kwargs).candidates if c.status != "rejected"}
+    able = able if only is None else able & {only}
     tests = {"deterministic": _deterministic, "batch_invariant": _batch_invariant, "graph_safe": _graph_safe}
     for kernel in op._table.for_device(device_of(op.schema, values)):
         for name in kernel.properties if kernel.backend in able else ():
