@@ -63,13 +63,9 @@ def is_wanted(devices: Sequence[tuple[str, Probe]] | None) -> bool:
 
     Each device is its name and its probe, whose kinds are file, variable and module.
     """
-    if devices is None:
+    if devices is None or os.environ.get("OPKIT_DEVICE"):  # where no plugin has the device, that is said
         return True
-    if not devices:
-        return False
-    return (
-        bool(os.environ.get("OPKIT_DEVICE")) or any(passes(probe) for _, probe in devices) or _is_configured()
-    )
+    return bool(devices) and (any(passes(probe) for _, probe in devices) or _is_configured())
 
 
 def passes(probe: Probe) -> bool:

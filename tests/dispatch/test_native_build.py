@@ -581,7 +581,7 @@ def test_importing_and_asking_build_nothing(copy):
         "no op was called so far that it would be built for\n",
         "",
     )
-    assert not (copy.folder / "cache").exists()
+    assert {path.name for path in (copy.folder / "cache").glob("*")} <= {"plugins"}  # torch asked for devices
 
 
 # ---------------------------------------------------------------- wheels

@@ -96,7 +96,9 @@ def test_what_goes_wrong_is_no_error_of_torch(site):
     tiny_device.install(site)
     assert "ConfigError" in site.run(SAY, OPKIT_DEVICE="two words")
     (site.folder / "tiny" / "opkit-plugin.toml").write_text("schema = 7")
-    assert "PluginError" in site.run(SAY, OPKIT_DEVICE="tiny")
+    for _ in range(2):  # also where it is known that no plugin has a device
+        assert "PluginError" in site.run(SAY, OPKIT_DEVICE="tiny")
+        site.settle()
 
 
 def test_other_peoples_entry_points_work_as_before(site):

@@ -25,7 +25,10 @@ CHANGES = {
         lambda: torch.use_deterministic_algorithms(True, warn_only=True),
         torch.is_deterministic_algorithms_warn_only_enabled,
     ),
-    "torch.manual_seed": (lambda: torch.manual_seed(0), lambda: torch.get_rng_state().tolist()),
+    "torch.manual_seed": (
+        lambda: torch.manual_seed(torch.initial_seed() + 1),
+        lambda: torch.get_rng_state().tolist(),
+    ),
     "os.chdir": (lambda: os.chdir("/"), os.getcwd),
 }
 
