@@ -77,7 +77,19 @@ def _package(path: Path) -> tuple[str, Path]:
 
 
 def _project(path: Path, said: Manifest, package: str) -> dict[str, Any]:
-    """Return what the pyproject.toml above a manifest says of the project, or what is installed with it."""
+    """Return what is said of the project: what is installed beside the package, else the pyproject.toml above it."""
+    root = path.absolute().parents[package.count(".") + 1]
+    installed: dict[str, Any] = {}
+    for point in doctor.entry_points(GROUP):
+        if (
+            point.name == said.name
+            and point.module.partition(".")[0] == package.partition(".")[0]
+            and point.dist
+        ):
+            points = {GROUP: {point.name: point.value}}
+            installed = {"name": point.dist.name, "version": point.dist.version, "entry-points": points}
+            if _has_metadata(root) and Path(str(point.dist.locate_file(""))).resolve() == root.resolve():
+                return installed
     for folder in path.absolute().parents:
         file = folder / "pyproject.toml"
         if file.is_file():
@@ -86,15 +98,12 @@ def _project(path: Path, said: Manifest, package: str) -> dict[str, Any]:
             except (OSError, ValueError):
                 break
             return content if isinstance(content, dict) else {}
-    for point in doctor.entry_points(GROUP):
-        if (
-            point.name == said.name
-            and point.module.partition(".")[0] == package.partition(".")[0]
-            and point.dist
-        ):
-            points = {GROUP: {point.name: point.value}}
-            return {"name": point.dist.name, "version": point.dist.version, "entry-points": points}
-    return {}
+    return installed
+
+
+def _has_metadata(folder: Path) -> bool:
+    """Whether distributions are installed in a folder, which a project's own is not."""
+    return any(folder.glob("*.dist-info"))
 
 
 def _entry_point(said: Manifest, package: str, project: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from opkit.errors import PluginError
 from opkit.plugins import manifest
 from opkit.plugins.manifest import DeviceEntry, KernelEntry, Manifest, Requires, ToolchainEntry, parse
+from tests.plugins import tiny_device
 
 HEAD = 'schema = 1\nname = "fast"\nversion = "1.2.0"\n'
 
@@ -135,3 +136,15 @@ def test_what_is_wrong_is_named_with_what_is_expected(case):
         parse(text, "/site/opkit-plugin.toml")
     assert str(caught.value).startswith("reading the manifest /site/opkit-plugin.toml: ")
     assert said in str(caught.value)
+
+
+def test_an_installed_plugin_is_not_compared_with_a_project_around_it(site):
+    tiny_device.install(site)
+    (site.folder.parent / "pyproject.toml").write_text("[project]\nname = 'other'\nversion = '7'\n")
+    path = site.folder / "tiny" / "opkit-plugin.toml"
+    said = site.run(f"""
+        from pathlib import Path
+        from opkit.plugins import reality
+        print(reality.differences(Path({str(path)!r})))
+    """)
+    assert "the project" not in said
