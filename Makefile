@@ -16,6 +16,7 @@ PLUGINS := build/test-plugins
 CALLS := tests/dispatch tests/transforms tests/kernels/test_every_op.py tests/kernels/test_rms_norm.py \
   $(patsubst %,tests/test_%.py,adopt chains op overload prepare refusals registry signatures upstream_pains) \
   --ignore=tests/dispatch/test_native_build.py --ignore=tests/transforms/test_fingerprint.py  # in processes of their own
+AGAIN := $(MAKE) --no-print-directory  # under this name, as a dry run runs lines with $(MAKE)
 # Most of these start processes.
 BESIDE := tests/plugins tests/cli tests/testing/test_plugin_kit.py
 WHEELS := build/wheels
@@ -43,7 +44,7 @@ test: $(READY) $(PLUGINS)/.ready ## run every test (sets everything up first), o
 	[ -n "$(PYTEST_ARGS)" ] || { \
 	  echo "== meanwhile, on another core: $(notdir $(BESIDE)), plugins, calls through the native core"; \
 	  echo "   what they print follows, and is in build/test-beside.log"; \
-	  $(MAKE) --no-print-directory beside > build/test-beside.log 2>&1 & beside=$$!; \
+	  $(AGAIN) beside > build/test-beside.log 2>&1 & beside=$$!; \
 	  trap 'kill $$beside' INT TERM; \
 	}; \
 	echo "== tests, and the examples in the docstrings"; \
