@@ -115,8 +115,12 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
         self._tags = (torch.Tag.pt2_compliant_tag, *dict.fromkeys(tags))
         self._library = torch.library.Library(schema.namespace, "FRAGMENT")
         self._defined: list[tuple[str, _torch_library.Overload]] = []
-        self._target = self._define("")
-        self._overwriting = Overwriting(schema, self._runner, self._meta, self._library, self._tags)
+        try:
+            self._target = self._define("")
+            self._overwriting = Overwriting(schema, self._runner, self._meta, self._library, self._tags)
+        except BaseException:  # the core's kernels hold the op that holds them: nothing would collect them
+            self._destroy()
+            raise
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if is_compiling():  # Dynamo traces what is here, and guards at each call on whatever that reads
@@ -170,31 +174,7 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
                 op=self.name,
             ) from None
         target = _torch_library.Overload(schema.namespace, name)
-        run = self._runner.preferring if variant else self._runner
-        if self._layout is not None:
-            run = self._layout.arranging(schema, run)
-        _torch_library.register_meta(self._library, name, self._compiled.trace, self._table.reference.source)
-        implement = functools.partial(_torch_library.implement, self._library)
-        kernel = gradient.autograd_kernel(
-            schema, target, run, lambda: self._formula, lambda: self._tangents or self._formula.tangents,
-            variant=bool(variant),
-        )  # fmt: skip
-        by_core = False
-        if not variant:
-            derivation = gradient.derivation(schema, kernel, lambda: self._formula)
-            contiguous = self._layout is not None and self._layout.format is torch.contiguous_format
-            self._path = Path(self._runner, run, derivation, target, contiguous=contiguous)
-            by_core = type(self) is Op and self._path.register(self)
-            if type(self) is Op and not by_core:
-                self._runner.arrive = self._arrive
-        if not by_core:
-            implement(name, run, "CompositeExplicitAutograd", with_keyset=False)
-            implement(name, kernel, "Autograd")
-            if any(p.mutated for p in schema.params):
-                version = mutation.version_kernel(schema, target, gradient.EXTRA)
-                implement(name, version, "ADInplaceOrView")
-        for key in self._batching.keys:
-            implement(name, self._batching.kernel(target), key)
+        self._implement(name, target, variant=bool(variant))
         self._defined.append((name, target))
         if self._count is not None:
             count_calls(target().overloadpacket, self._count)
@@ -205,6 +185,39 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
             self._implement_autocast(name, target, device)
         return target
 
+    def _implement(self, name: str, target: _torch_library.Overload, *, variant: bool) -> None:
+        """Register the kernels of an overload that was just defined."""
+        schema = self.schema
+        run = self._runner.preferring if variant else self._runner
+        if self._layout is not None:
+            run = self._layout.arranging(schema, run)
+        _torch_library.register_meta(self._library, name, self._compiled.trace, self._table.reference.source)
+        implement = functools.partial(_torch_library.implement, self._library)
+        kernel = gradient.autograd_kernel(
+            schema, target, run, lambda: self._formula, lambda: self._tangents or self._formula.tangents,
+            variant=variant,
+        )  # fmt: skip
+        for key in self._batching.keys:
+            implement(name, self._batching.kernel(target), key)
+        if not variant and self._enter_core(run, kernel, target):
+            return
+        implement(name, run, "CompositeExplicitAutograd", with_keyset=False)
+        implement(name, kernel, "Autograd")
+        if any(p.mutated for p in schema.params):
+            implement(name, mutation.version_kernel(schema, target, gradient.EXTRA), "ADInplaceOrView")
+
+    def _enter_core(self, run: Any, kernel: Any, target: _torch_library.Overload) -> bool:
+        """Return whether the core serves the op; where it does not yet, each call in Python asks for it."""
+        derivation = gradient.derivation(self.schema, kernel, lambda: self._formula)
+        contiguous = self._layout is not None and self._layout.format is torch.contiguous_format
+        self._path = Path(self._runner, run, derivation, target, contiguous=contiguous)
+        if type(self) is not Op:
+            return False
+        if self._path.register(self):
+            return True
+        self._runner.arrive = self._arrive
+        return False
+
     def _arrive(self) -> None:
         if self._path.attach(self):
             self._runner.arrive = None
@@ -214,7 +227,8 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
             forget_count([target().overloadpacket for _, target in self._defined], self._count)
 
     def _destroy(self) -> None:
-        self._path.detach()
+        if "_path" in vars(self):  # torch may have refused the definition
+            self._path.detach()
         self._forget_count()
         self._sharding.forget([target for _, target in self._defined])
         self._compiled.forget()

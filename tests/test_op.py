@@ -225,3 +225,27 @@ def test_first_call_may_come_from_several_threads():
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert run.stdout.strip() == "True", run.stderr
+
+
+def test_an_op_that_cannot_be_made_leaves_nothing_in_torch(monkeypatch):
+    def define():
+        @opkit.op("t::half", shapes="n -> n")
+        def half(x: Tensor) -> Tensor:
+            return x / 2
+
+        return half
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    with monkeypatch.context() as patch:
+        patch.setattr("opkit._op.Overwriting", fail)
+        with pytest.raises(KeyboardInterrupt):
+            define()
+    # torch forgets the name when nothing of it is left, and a kernel without a definition is something
+    assert "t::half" not in torch._C._dispatch_get_all_op_names()
+    with pytest.raises(RuntimeError, match="t::half"):
+        has("t::half", "AutogradCPU")
+    half = define()
+    assert half(torch.ones(2)).tolist() == [0.5, 0.5]

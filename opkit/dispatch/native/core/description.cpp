@@ -96,11 +96,13 @@ Plan read_plan(PyObject* object) {
     if (same == end || !entry.allowed.empty()) {
       plan.binding.push_back(i);
     } else {
-      auto group = std::find_if(plan.alike.begin(), plan.alike.end(),
-                                [&](const Alike& one) { return one.earlier == same->place; });
-      if (group == plan.alike.end()) { group = plan.alike.insert(group, Alike{same->place}); }
-      group->places.push_back(entry.place);
-      group->inputs.push_back(i);
+      Alike* last = plan.alike.empty() ? nullptr : &plan.alike.back();
+      if (last != nullptr && last->earlier == same->place &&
+          last->first + last->count == entry.place && last->input + last->count == i) {
+        ++last->count;
+      } else {
+        plan.alike.push_back({same->place, entry.place, i, 1});
+      }
     }
   }
   for (const Entry& entry : plan.inputs) {

@@ -121,6 +121,15 @@ bool are_equal(c10::IntArrayRef one, c10::IntArrayRef other) {
   return true;
 }
 
+// Whether those tensors that are there have certain sizes. A function of its own has all registers for the loop.
+[[gnu::noinline]] bool have_sizes(c10::ArrayRef<const at::Tensor*> tensors,
+                                  c10::IntArrayRef sizes) {
+  for (const at::Tensor* tensor : tensors) {
+    if (tensor != nullptr && !are_equal(tensor->sizes(), sizes)) { return false; }
+  }
+  return true;
+}
+
 // There is one CPU.
 bool are_on_one_device(c10::ArrayRef<const at::Tensor*> tensors, c10::DispatchKeySet keys) {
   constexpr c10::DispatchKeySet backends(c10::DispatchKeySet::RAW, c10::full_backend_mask);
@@ -184,12 +193,13 @@ bool Plan::fits(c10::ArrayRef<const at::Tensor*> tensors, c10::DispatchKeySet ke
   }
   for (const Alike& group : alike) {
     const at::Tensor* earlier = tensors[group.earlier];
-    const c10::IntArrayRef sizes = earlier == nullptr ? c10::IntArrayRef() : earlier->sizes();
-    for (size_t k = 0; k < group.places.size(); ++k) {
-      const at::Tensor* tensor = tensors[group.places[k]];
-      if (tensor != nullptr &&
-          !(earlier != nullptr ? are_equal(tensor->sizes(), sizes)
-                               : bind(inputs[group.inputs[k]], tensor->sizes(), bound))) {
+    const auto others = tensors.slice(group.first, group.count);
+    if (earlier != nullptr) {
+      if (!have_sizes(others, earlier->sizes())) { return false; }
+      continue;
+    }
+    for (size_t k = 0; k < group.count; ++k) {
+      if (others[k] != nullptr && !bind(inputs[group.input + k], others[k]->sizes(), bound)) {
         return false;
       }
     }

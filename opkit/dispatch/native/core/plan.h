@@ -47,11 +47,12 @@ struct OutputMeta {
   c10::ScalarType dtype;
 };
 
-// Inputs whose sizes are those of an earlier one, and so bind nothing new.
+// Neighbours whose sizes are those of an earlier input, and so bind nothing new.
 struct Alike {
-  size_t earlier;              // the place of that
-  std::vector<size_t> places;  // of the others
-  std::vector<size_t> inputs;  // their entries
+  size_t earlier;  // the place of that
+  size_t first;    // the place of the first of them
+  size_t input;    // its entry
+  size_t count;
 };
 
 struct Plan {
