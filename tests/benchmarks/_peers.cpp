@@ -75,6 +75,10 @@ void ten(Tensor& out, const Tensor& b, const Tensor&, const Tensor&, const Tenso
   out.copy_(b);
 }
 
+Tensor cast(at::TensorList xs, c10::ScalarType dtype, c10::Device) {
+  return xs[0].to(dtype, false, true);
+}
+
 std::tuple<Tensor, Tensor, Tensor> three(const Tensor& x) {
   return {at::sin(x), at::cos(x), at::neg(x)};
 }
@@ -100,6 +104,7 @@ TORCH_LIBRARY(opkit_bench_cpp, m) {
       "Tensor i, "
       "Tensor j) -> ()",
       tags);
+  m.def("cast(Tensor[] xs, ScalarType dtype, Device device) -> Tensor", tags);
   m.def("three(Tensor x) -> (Tensor, Tensor, Tensor)", tags);
 }
 
@@ -110,6 +115,7 @@ TORCH_LIBRARY_IMPL(opkit_bench_cpp, CPU, m) {
   m.impl("fourteen", &fourteen);
   m.impl("rich", &rich);
   m.impl("ten", &ten);
+  m.impl("cast", &cast);
   m.impl("three", &three);
 }
 

@@ -63,6 +63,14 @@ def ten(
 # fmt: on
 
 
+def cast(xs: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return xs[0].to(dtype, copy=True)
+
+
+def _cast_fake(xs, dtype, device):
+    return torch.empty_like(xs[0], dtype=dtype)
+
+
 def three(x: Tensor) -> Three:
     return Three(x.sin(), x.cos(), x.neg())
 
@@ -107,6 +115,12 @@ class RichFunction(torch.autograd.Function):
     backward = staticmethod(_rich_gradient)
 
 
+class CastFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, xs, dtype, device):
+        return xs[0].to(dtype, copy=True)
+
+
 class TenFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, b, c, d, e, f, g, h, i, j):
@@ -149,7 +163,7 @@ def _in_python(
 
 
 def _ours(
-    name: str, function: Callable[..., Any], shapes: str, *, mutates: tuple[str, ...] = ()
+    name: str, function: Callable[..., Any], shapes: str | None, *, mutates: tuple[str, ...] = ()
 ) -> opkit.Op[..., Any]:
     return opkit.op(f"opkit_bench::{name}", shapes=shapes, mutates_args=mutates)(function)
 
@@ -172,6 +186,10 @@ _rich = _ours("rich", rich, "*b, *b, *b, *b -> *b")
 _rich_with_grad = _ours("rich_with_grad", rich, "*b, *b, *b, *b -> *b")
 _rich_with_grad.register_autograd(_rich_gradient, setup_context=_save_nothing)
 _ten = _ours("ten", ten, ", ".join(["*b"] * 10) + " -> ", mutates=("out",))
+_described = _ours("described", sine, None)
+_described.register_fake(torch.empty_like)
+_cast = _ours("cast", cast, None)
+_cast.register_fake(_cast_fake)
 _three = _ours("three", three, "*b -> *b, *b, *b")
 
 _sines = {
@@ -186,6 +204,7 @@ _sines_with_grad = {
 }
 SINE: Peers = {PLAIN: sine, OPKIT: python_sine, **_sines}
 NATIVE_SINE: Peers = {PLAIN: sine, OPKIT: native_sine, **_sines}
+DESCRIBED: Peers = {PLAIN: sine, OPKIT: _described, **_sines}
 SINE_WITH_GRAD: Peers = {PLAIN: sine, OPKIT: python_sine, **_sines_with_grad}
 NATIVE_SINE_WITH_GRAD: Peers = {PLAIN: sine, OPKIT: native_sine, **_sines_with_grad}
 FOURTEEN: Peers = {
@@ -215,6 +234,13 @@ TEN: Peers = {
     **_in_python("ten", ten, mutates=("out",)),
     FUNCTION: TenFunction.apply,
     CPP: _cpp.ten.default,
+}
+CAST: Peers = {
+    PLAIN: cast,
+    OPKIT: _cast,
+    **_in_python("cast", cast, fake=_cast_fake),
+    FUNCTION: CastFunction.apply,
+    CPP: _cpp.cast.default,
 }
 THREE: Peers = {
     PLAIN: three,

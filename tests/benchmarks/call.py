@@ -94,6 +94,7 @@ def held() -> list[Case]:
     rich_call = "op(x, y, z, w, ints, floats, ints, floats, ints, floats, True, 'sum')"
     call, keywords = f"op({', '.join(many)})", f"op({', '.join(f'{name}={name}' for name in many)})"
     one, grad = {"x": x}, {"x": needs_grad}
+    cast = {"xs": [x, many["b"]], "dtype": torch.float64, "device": torch.device("cpu")}
     backward: dict[str, Any] = {
         "statement": "op(x).backward(ones)",
         "names": {**grad, "ones": torch.ones(16)},
@@ -116,6 +117,8 @@ def held() -> list[Case]:
             reach=1.5, reset="out.zero_()", result="out",
         ),
         Case("NamedTuple of 3 outputs", peers.THREE, "op(x)", one, reach=1.3),
+        Case("with register_fake for a shape line", peers.DESCRIBED, "op(x)", one),
+        Case("the same with a list, dtype and device", peers.CAST, "op(xs, dtype, device)", cast),
         Case("in an Inductor graph, Python kernel", fused(peers.SINE), "op(x)", one, reach=1.25),
         Case("in an Inductor graph, C++ kernel", fused(peers.NATIVE_SINE), "op(x)", one, reach=1.25),
     ]  # fmt: skip

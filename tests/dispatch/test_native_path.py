@@ -251,6 +251,76 @@ def contiguous(ns):
     return Case(row_sums, lambda op, x: op(x.T), lambda: [values(3, 2)], lambda x: x.T.sum(1))
 
 
+def typed(ns):
+    """With a dtype and a device among its arguments, of which its formula saves one."""
+
+    @opkit.op(f"{ns}::cast")
+    def cast(x: Tensor, dtype: torch.dtype = torch.float64, *, device: torch.device | None = None) -> Tensor:
+        assert type(dtype) is torch.dtype
+        assert type(device) is (torch.device if device is not None else type(None))
+        return x.to(dtype, copy=True) * 2
+
+    @opkit.op(f"{ns}::cast_backward")
+    def cast_backward(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        assert g.dtype is dtype
+        return g.to(x.dtype) * 2
+
+    cast.register_fake(lambda x, dtype=torch.float64, *, device=None: torch.empty_like(x, dtype=dtype))
+    cast_backward.register_fake(lambda g, x, dtype: torch.empty_like(x))
+    cast.register_autograd(cast_backward, saves=("x", "dtype"))
+    return Case(
+        cast,
+        lambda op, x: (op(x), op(x, torch.float16), op(x, dtype=torch.float32, device=torch.device("cpu"))),
+        lambda: [values(2, 3)],
+        lambda x: (x.double() * 2, x.half() * 2, x * 2),
+    )
+
+
+def described(ns):
+    """Whose results a function describes, in other strides than a shape line would."""
+
+    @opkit.op(f"{ns}::turned")
+    def turned(x: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        return x.cos().T, x.sum(0) * k
+
+    @turned.register_fake
+    def _(x, k=1):
+        return torch.empty_like(x).T, x.new_empty(x.shape[1])
+
+    turned.register_autograd(
+        lambda ctx, g, h: (-g.T * ctx.saved_tensors[0].sin() + h * ctx.k, None),
+        lambda ctx, inputs, output: (ctx.save_for_backward(inputs[0]), setattr(ctx, "k", inputs[1])),
+    )
+    return Case(turned, lambda op, x: op(x, 3), lambda: [values(2, 3)], lambda x: (x.cos().T, x.sum(0) * 3))
+
+
+def picked(ns):
+    """With a shape line over a list."""
+
+    @opkit.op(f"{ns}::picked", shapes="[*s], n -> n")
+    def picked(xs: list[Tensor], y: Tensor) -> Tensor:
+        return xs[0].sum() * y
+
+    picked.register_autograd(opkit.from_reference)
+    return Case(
+        picked,
+        lambda op, x, y: op([x, x], y),
+        lambda: [values(2, 2), values(3, start=2)],
+        lambda x, y: x.sum() * y,
+    )
+
+
+def lone(ns):
+    """Whose result comes in a tuple of one."""
+
+    @opkit.op(f"{ns}::lone", shapes="n -> n")
+    def lone(x: Tensor) -> tuple[Tensor]:
+        return (x * 2,)
+
+    lone.register_autograd(lambda ctx, g: g * 2)
+    return Case(lone, lambda op, x: op(x), lambda: [values(3)], lambda x: (x * 2,))
+
+
 def without_formula(ns):
     @opkit.op(f"{ns}::half", shapes="*b -> *b")
     def half(x: Tensor) -> Tensor:
@@ -269,7 +339,7 @@ def refusing(ns):
 
 MAKERS = (
     square, norm, light, mutating, mutating_with_result, keyword, lists, optional, two_results, numbers, contiguous,
-    without_formula, refusing,
+    typed, described, picked, lone, without_formula, refusing,
 )  # fmt: skip
 
 
@@ -1296,13 +1366,82 @@ KERNELS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.parametrize("said", ["by a line", "by a function"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_what_a_kernel_returns_is_held_to_the_declaration_by_both(registry, name):
+def test_what_a_kernel_returns_is_held_to_the_declaration_by_both(registry, name, said):
     def state(op):
-        without = outcome(lambda f, t: shown(f(*t)), op, [values(3), values(3, start=1)])
+        if said == "by a function":
+            op.register_fake(lambda x, y: (torch.empty_like(x), torch.empty_like(y)))
+        without = [outcome(lambda f, t: shown(f(*t)), op, [values(3), values(3, start=1)]) for _ in range(2)]
         return without, outcome(derived, op, [values(3), values(3, start=1)])
 
     one_answer(both(registry, returns(KERNELS[name]), state))
+
+
+def shaped(ns):
+    """An op whose result depends on every argument, and a list of what its meta function was asked."""
+    asked: list[Any] = []
+
+    @opkit.op(f"{ns}::shaped")
+    def shaped(
+        x: Tensor, n: int, f: float, b: bool, s: str, ks: list[int], ts: list[Tensor], dtype: torch.dtype,
+        o: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        return torch.zeros(size(x, n, f, b, s, ks, ts, o), dtype=dtype)
+
+    def size(x, n, f, b, s, ks, ts, o):
+        return n + int(f * 2) + b + len(s) + sum(ks) + sum(t.stride(0) for t in ts) + (o or 0) + x.stride(0)
+
+    @shaped.register_fake
+    def _(x, n, f, b, s, ks, ts, dtype, o=None):
+        asked.append(s)
+        return x.new_empty(size(x, n, f, b, s, ks, ts, o), dtype=dtype)
+
+    shaped.asked = asked
+    return shaped
+
+
+def test_a_meta_function_is_asked_once_for_each_kind_of_call(registry):
+    op = shaped("n")
+    least = {
+        "x": values(2, 3),
+        "n": 1,
+        "f": 0.5,
+        "b": False,
+        "s": "",
+        "ks": [],
+        "ts": [],
+        "dtype": torch.int8,
+    }
+    changes = [
+        {}, {"x": values(2, 4)}, {"x": values(3, 2).T}, {"x": values(2, 3).double()}, {"n": 2}, {"f": 1.5}, {"b": True},
+        {"s": "seven"}, {"s": "twelve"}, {"s": "longer than eight"}, {"s": "longer than nine?"}, {"ks": [1]},
+        {"ks": [1, 0]}, {"ts": [values(2, 2)]}, {"ts": [values(2, 5)]}, {"ts": [values(2, 2), values(1)]},
+        {"dtype": torch.int64}, {"o": 0}, {"o": 3},
+    ]  # fmt: skip
+    for _ in range(3):
+        for change in changes:
+            found = op(**{**least, **change})
+            assert found.dtype == (change.get("dtype") or torch.int8)
+    assert len(op.asked) == len(changes)
+    for n in range(5000):  # more than are remembered
+        op(**{**least, "n": n})
+    op.register_fake(lambda x, *args, **kwargs: x.new_empty(7))
+    with pytest.raises(opkit.OutputError, match=r"shape \(5,\); expected \(7,\) by the meta function"):
+        op(**least)
+
+
+def test_a_meta_function_that_calls_the_op_is_no_trouble(registry):
+    @opkit.op("n::nested")
+    def nested(x: Tensor, depth: int) -> Tensor:
+        return x + depth
+
+    @nested.register_fake
+    def _(x, depth):
+        return nested(torch.zeros(depth), depth - 1).new_empty(x.shape) if depth else torch.empty_like(x)
+
+    assert nested(torch.ones(2), 5).tolist() == [6, 6]
+    assert nested(torch.ones(2), 5).tolist() == [6, 6]
 
 
 # ---------------------------------------------------------------- arguments
@@ -1313,8 +1452,9 @@ def wide(ns):
     def wide(
         x: Tensor, i: int, f: float = 0.5, b: bool = False, s: str = "s", ints: list[int] = (1, 2),
         floats: list[float] | None = None, *, t: Tensor | None = None, o: int | None = None, k: float | None = None,
+        dtype: torch.dtype = torch.float32, device: torch.device | None = None,
     ) -> Tensor:  # fmt: skip
-        told = (i, f, b, s, list(ints), floats, o, k)
+        told = (i, f, b, s, list(ints), floats, o, k, dtype, device)
         told_types = [type(v).__name__ for v in told]
         assert type(ints) is list
         seen.append((told, told_types, [type(v).__name__ for v in (*ints, *(floats or ()))]))
@@ -1387,6 +1527,16 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "too many": ((X, 1, 0.5, False, "s", [1], [0.5], X), {}),
     "self": ((X, 1), {"self": 1}),
     "tensor for keyword": ((X, 1), {"t": 3}),
+    "dtype": ((X, 1), {"dtype": torch.int8}),
+    "numpy for a dtype": ((X, 1), {"dtype": np.float64}),
+    "type for a dtype": ((X, 1), {"dtype": float}),
+    "text for a dtype": ((X, 1), {"dtype": "int8"}),
+    "int for a dtype": ((X, 1), {"dtype": 6}),
+    "None for a dtype": ((X, 1), {"dtype": None}),
+    "device": ((X, 1), {"device": torch.device("cuda", 3)}),
+    "text for a device": ((X, 1), {"device": "cpu"}),
+    "int for a device": ((X, 1), {"device": 1}),
+    "dtype for a device": ((X, 1), {"device": torch.int8}),
 }
 
 
@@ -1438,9 +1588,21 @@ def python_frames(call: Callable[[], Any]) -> list[str]:
     [
         *(
             (m, False)
-            for m in (square, norm, light, mutating, keyword, optional, two_results, without_formula)
-        ),
-        *((m, True) for m in (square, light, optional)),
+            for m in (
+                square,
+                norm,
+                light,
+                mutating,
+                keyword,
+                optional,
+                two_results,
+                typed,
+                described,
+                picked,
+                without_formula,
+            )
+        ),  # fmt: skip
+        *((m, True) for m in (square, light, optional, typed)),
     ],
 )
 def test_nothing_of_opkit_in_python_runs_where_nothing_is_special(made, maker, gradients):

@@ -16,7 +16,8 @@ from opkit.spec.plan import DTYPES, Plan, Tensors
 from opkit.spec.schema import REQUIRED, Schema
 from opkit.spec.shapes import Dim
 
-KINDS = {"Tensor": 0, "SymInt": 1, "int": 1, "float": 2, "bool": 3, "str": 4}
+KINDS = {"Tensor": 0, "SymInt": 1, "int": 1, "float": 2, "bool": 3, "str": 4, "ScalarType": 5, "Device": 6}
+_NO_LISTS = ("ScalarType", "Device")
 _NAME, _NUMBER, _STAR, _ANY, _EXPRESSION = range(5)
 _PUSH, _LOAD, _ADD, _SUB, _MUL, _FLOORDIV, _MOD, _NEGATE = range(8)
 _OPERATORS: dict[type[ast.AST], int] = {
@@ -155,6 +156,7 @@ class RecordValue(NamedTuple):
     """Whether kernels get contiguous tensors, which `run` makes of others."""
     choose: Callable[..., Any]
     run: Callable[..., Any]
+    expect: Callable[..., Any]
     conform: Callable[..., Any]
     explain: Callable[..., Any]
     pack: Callable[..., Any]
@@ -166,7 +168,10 @@ def is_plain(schema: Schema) -> bool:
     if schema.special or any(p.type.length or p.type.is_carried for p in schema.params):
         return False
     types = [*(param.type for param in schema.params), *(result.type for result in schema.results)]
-    return all(type.base in KINDS and not type.optional_elements for type in types)
+    return all(
+        type.base in KINDS and not type.optional_elements and not (type.is_list and type.base in _NO_LISTS)
+        for type in types
+    )
 
 
 def params(schema: Schema) -> tuple[ParamValue, ...]:

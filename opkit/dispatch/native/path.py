@@ -18,11 +18,12 @@ from opkit.dispatch import native, outputs, preference, select
 from opkit.dispatch.native import description
 from opkit.dispatch.native.description import Derivation, PlanValue
 from opkit.dispatch.run import Runner
+from opkit.spec.plan import OutputMeta
 
 if TYPE_CHECKING:
     from opkit.dispatch.table import Kernel
 
-_PYTHON, _NATIVE, _RUN = range(3)  # `Kernel::How` in core/record.h
+_PYTHON, _NATIVE, _RUN, _ASKED = range(4)  # `Kernel::How` in core/record.h
 
 
 class Path:
@@ -116,6 +117,7 @@ class Path:
                 contiguous=self._contiguous,
                 choose=self._choose,
                 run=self._run,
+                expect=self._expect,
                 conform=self._conform,
                 explain=self._explain,
                 pack=schema.pack,
@@ -162,11 +164,17 @@ class Path:
             if not bound.allocates and (runner.native_plan is not None or silent):
                 return _NATIVE, bound.library.name, bound
             return _RUN, None, None
-        if runner.meta.function is not None or (declared is not None and self._plan is None):
-            return _RUN, None, None
         if kernel is runner.table.reference and "deterministic" in select.wanted_now().required:
             return _RUN, None, None
-        return _PYTHON, kernel.function, None
+        asked = runner.meta.function is not None or (declared is not None and self._plan is None)
+        return _ASKED if asked else _PYTHON, kernel.function, None
+
+    def _expect(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...] | None:
+        """Return shape, strides and dtype of the results, or None where something else is said of them."""
+        metas, device = self._runner.meta.expect(values)
+        if metas is None or not all(_is_plain(meta, device) for meta in metas):
+            return None
+        return tuple((tuple(meta.shape), meta.stride, meta.dtype) for meta in metas)
 
     def _conform(self, kernel: Kernel, values: tuple[Any, ...], returned: Any) -> Any:
         metas, device = self._runner.meta.expect(values)
@@ -175,3 +183,12 @@ class Path:
     def _explain(self, kernel: Kernel, values: tuple[Any, ...]) -> None:
         """Raise what is wrong with a call that failed, if opkit knows; else torch's own error is."""
         self._runner.explain(kernel, values)
+
+
+def _is_plain(meta: Any, device: Any) -> bool:
+    """Whether it is the metadata of one tensor on the call's device whose sizes are known."""
+    return (
+        isinstance(meta, OutputMeta)
+        and meta.device in (None, device)
+        and all(type(s) is int for s in meta.shape)
+    )

@@ -1,5 +1,8 @@
 #include "arguments.h"
 
+#include <torch/csrc/Device.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 
 namespace torch::jit {
@@ -68,15 +71,19 @@ bool is_kind(Kind kind, PyObject* value) {
     case Kind::Float: return PyFloat_CheckExact(value);
     case Kind::Bool: return PyBool_Check(value);
     case Kind::Str: return PyUnicode_CheckExact(value) && is_encodable(value);
+    case Kind::Dtype: return THPDtype_Check(value);
+    case Kind::Device: return THPDevice_Check(value);
     default: return false;
   }
 }
 
-c10::IValue number(Kind kind, PyObject* value) {
+c10::IValue scalar(Kind kind, PyObject* value) {
   switch (kind) {
     case Kind::Int: return static_cast<int64_t>(PyLong_AsLongLong(value));
     case Kind::Float: return PyFloat_AS_DOUBLE(value);
     case Kind::Bool: return value == Py_True;
+    case Kind::Dtype: return static_cast<int64_t>(dtype_of(value));
+    case Kind::Device: return reinterpret_cast<THPDevice*>(value)->device;
     default: {
       Py_ssize_t size = 0;
       const char* text = PyUnicode_AsUTF8AndSize(value, &size);
@@ -263,7 +270,7 @@ bool Arguments::bind(const Record& record, c10::ArrayRef<c10::IValue> stack) {
 
 void Arguments::wrap(const Record& record, c10::ArrayRef<c10::IValue> stack) {
   for (size_t i = 0; i < record.params.size(); ++i) {
-    Ref value = from_ivalue(stack[i]);
+    Ref value = from_ivalue(record.params[i], stack[i]);
     values.push_back(value.get());
     owned.push_back(std::move(value));
   }
@@ -273,7 +280,7 @@ c10::IValue to_ivalue(const Param& param, PyObject* value) {
   if (value == Py_None) { return {}; }
   if (!param.list) {
     return param.kind == Kind::Tensor ? c10::IValue(THPVariable_Unpack(value))
-                                      : number(param.kind, value);
+                                      : scalar(param.kind, value);
   }
   const auto size = static_cast<size_t>(PyList_GET_SIZE(value));
   const auto fill = [&](auto list, auto convert) {
@@ -293,7 +300,7 @@ c10::IValue to_ivalue(const Param& param, PyObject* value) {
     case Kind::Bool: return fill(c10::List<bool>(), [](PyObject* o) { return o == Py_True; });
     default:
       return fill(c10::List<std::string>(),
-                  [](PyObject* o) { return number(Kind::Str, o).toStringRef(); });
+                  [](PyObject* o) { return scalar(Kind::Str, o).toStringRef(); });
   }
 }
 
@@ -303,6 +310,17 @@ Ref from_ivalue(const c10::IValue& value) {
     return tensor.defined() ? Ref::steal(THPVariable_Wrap(tensor)) : Ref::borrow(Py_None);
   }
   return Ref::steal(torch::jit::toPyObject(value).release().ptr());
+}
+
+Ref from_ivalue(const Param& param, const c10::IValue& value) {
+  if (param.kind != Kind::Dtype || !value.isInt()) { return from_ivalue(value); }
+  const auto dtype = static_cast<c10::ScalarType>(value.toInt());
+  return Ref::borrow(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype)));
+}
+
+c10::ScalarType dtype_of(PyObject* object) {
+  TORCH_CHECK_TYPE(THPDtype_Check(object), "expected a dtype");
+  return reinterpret_cast<THPDtype*>(object)->scalar_type;
 }
 
 c10::IValue int_result(PyObject* value) {

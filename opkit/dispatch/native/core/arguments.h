@@ -49,6 +49,9 @@ struct Arguments {
 
 c10::IValue to_ivalue(const Param& param, PyObject* value);
 Ref from_ivalue(const c10::IValue& value);
+// The same of an argument, where torch carries more than one kind of value as an int.
+Ref from_ivalue(const Param& param, const c10::IValue& value);
+c10::ScalarType dtype_of(PyObject* object);
 // An int that a kernel or a meta function returned: while an op is traced, a torch.SymInt.
 c10::IValue int_result(PyObject* value);
 

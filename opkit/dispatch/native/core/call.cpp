@@ -1,5 +1,7 @@
 #include "call.h"
 
+#include "expected.h"
+
 #include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -29,6 +31,7 @@ Chosen select(Record& record, const Arguments& arguments) {
     kernel->handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   } else {
     kernel->function = Ref::borrow(function);
+    if (kernel->how == Kernel::Asked) { kernel->expected = std::make_shared<Expected>(); }
   }
   if (lasting) { record.remember(when, kernel, before); }
   return Chosen(std::move(kernel));
@@ -47,10 +50,13 @@ bool fits(const Arguments& arguments, const OutputMeta* meta, const at::Tensor& 
   if (!is_plain(tensor) || tensor.requires_grad() || !tensor.has_storage()) { return false; }
   if (meta != nullptr &&
       (tensor.sizes() != c10::IntArrayRef(meta->shape) || tensor.scalar_type() != meta->dtype ||
-       tensor.device() != arguments.first->device() || !tensor.is_contiguous())) {
+       tensor.device() != arguments.first->device() ||
+       !(meta->strides ? tensor.strides() == c10::IntArrayRef(*meta->strides)
+                       : tensor.is_contiguous()))) {
     return false;
   }
   if (tensor.storage().use_count() == 1) { return true; }  // nearly always: it is nobody else's
+  if (!arguments.owned.empty()) { return false; }          // Python looks into lists
   const auto* storage = tensor.storage().unsafeGetStorageImpl();
   const auto shares = [&](const at::Tensor* other) {
     return other != nullptr && other->has_storage() &&
@@ -68,7 +74,7 @@ bool conforms(const Record& record, const Arguments& arguments, c10::ArrayRef<Ou
     found.whole = true;
     return returned == Py_None;
   }
-  if (!record.plain_results || (record.tensor_lists && !arguments.owned.empty())) { return false; }
+  if (!record.plain_results) { return false; }
   if (!record.container.given()) {
     found.values.push_back(returned);
     found.whole = true;
@@ -81,8 +87,9 @@ bool conforms(const Record& record, const Arguments& arguments, c10::ArrayRef<Ou
   } else {
     return false;
   }
-  const auto is_known = [&](PyObject* one) {  // an argument, or another result
-    return std::count(arguments.values.begin(), arguments.values.end(), one) != 0 ||
+  const auto is_known = [&](PyObject* one) {  // an argument, perhaps in a list, or another result
+    return !arguments.owned.empty() ||
+           std::count(arguments.values.begin(), arguments.values.end(), one) != 0 ||
            std::count(found.values.begin(), found.values.end(), one) != 1;
   };
   c10::SmallVector<const at::Tensor*, 4> before;
@@ -153,19 +160,25 @@ bool may_overlap(const Record& record, const Arguments& arguments) {
 }
 
 Returned run_function(Record& record, const Kernel& kernel, Arguments& arguments) {
-  c10::SmallVector<OutputMeta, 4> metas;
+  c10::SmallVector<OutputMeta, 4> derived;
   if (record.mutates && may_overlap(record, arguments)) {
     return run_in_python(record, arguments);  // which takes them apart
   }
-  if (record.plan && !record.plan->fits(arguments.tensors, arguments.keys, arguments.ints, metas)) {
+  Expected::Metas said;
+  if (kernel.expected) {
+    said = kernel.expected->of(record, arguments);
+  } else if (record.plan &&
+             !record.plan->fits(arguments.tensors, arguments.keys, arguments.ints, derived)) {
     return run_in_python(record, arguments);  // which says what does not fit
   }
   Ref returned = call_function(record, kernel.function.get(), arguments);
   Found found;
-  if (conforms(record, arguments, metas, returned.get(), found)) {
-    if (found.whole) { return {returned, returned}; }
-    Ref whole = packed(record, found.values);
-    return {returned, std::move(whole)};
+  const bool open = kernel.expected && !said;  // only Python can compare them
+  const c10::ArrayRef<OutputMeta> metas = said ? *said : c10::ArrayRef<OutputMeta>(derived);
+  if (!open && conforms(record, arguments, metas, returned.get(), found)) {
+    Ref whole = found.whole ? returned : packed(record, found.values);
+    Ref raw = found.values.size() == 1 ? Ref::borrow(found.values[0]) : returned;
+    return {std::move(raw), std::move(whole)};
   }
   PyErr_Clear();
   const Ref values = arguments.tuple();
@@ -275,7 +288,8 @@ Returned run(Record& record, const Kernel& kernel, Arguments& arguments) {
     return run_in_python(record, arguments);
   }
   switch (kernel.how) {
-    case Kernel::Python: return run_function(record, kernel, arguments);
+    case Kernel::Python:
+    case Kernel::Asked: return run_function(record, kernel, arguments);
     case Kernel::Native: return run_library(record, kernel, arguments);
     default: return run_in_python(record, arguments);
   }

@@ -1,6 +1,7 @@
 #include "description.h"
 
-#include <torch/csrc/Dtype.h>
+#include "arguments.h"
+
 #include <torch/csrc/Exceptions.h>
 
 #include <algorithm>
@@ -43,11 +44,6 @@ class Reader {
  private:
   PyObject* object_;
 };
-
-c10::ScalarType dtype_of(PyObject* object) {
-  TORCH_CHECK_TYPE(THPDtype_Check(object), "expected a dtype");
-  return reinterpret_cast<THPDtype*>(object)->scalar_type;
-}
 
 Dim read_dim(PyObject* object) {
   const Reader reader(object);
@@ -159,6 +155,7 @@ std::shared_ptr<Record> read_record(PyObject* object) {
   record->is_tuple = reader.truth("is_tuple");
   record->choose = reader.get("choose");
   record->run = reader.get("run");
+  record->expect = reader.get("expect");
   record->conform = reader.get("conform");
   record->explain = reader.get("explain");
   record->pack = reader.get("pack");

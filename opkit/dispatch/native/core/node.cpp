@@ -194,8 +194,11 @@ variable_list Node::apply_op_in_python(const variable_list& grads, const torch::
   const InPython entered;
   const Ref all = tuple_of(
       grads.size(), [&](size_t i) { return checked_ref(THPVariable_Wrap(gradient(grads, i))); });
-  const Ref kept = tuple_of(
-      values.size(), [&](size_t i) { return from_ivalue(stack[formula->outputs.size() + i]); });
+  const Ref kept = tuple_of(values.size(), [&](size_t i) {
+    const auto& [is_output, place] = formula->saves[i];
+    const c10::IValue& value = stack[formula->outputs.size() + i];
+    return is_output ? from_ivalue(value) : from_ivalue(record->params[place], value);
+  });
   c10::SmallVector<bool, 8> needed(lengths.size(), false);
   each_slot([&](const Slot& slot) {
     needed[slot.argument] = needed[slot.argument] || is_wanted(slot.edge);

@@ -8,6 +8,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace opkit_core {
@@ -45,6 +46,7 @@ struct Entry {
 struct OutputMeta {
   Sizes shape;
   c10::ScalarType dtype;
+  std::optional<std::vector<int64_t>> strides = {};  // none where it is contiguous
 };
 
 // Neighbours whose sizes are those of an earlier input, and so bind nothing new.

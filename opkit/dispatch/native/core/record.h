@@ -16,7 +16,7 @@
 
 namespace opkit_core {
 
-enum class Kind : uint8_t { Tensor, Int, Float, Bool, Str };
+enum class Kind : uint8_t { Tensor, Int, Float, Bool, Str, Dtype, Device };
 
 struct Param {
   Kept name;
@@ -35,19 +35,23 @@ struct Result {
   bool optional;
 };
 
+class Expected;
+
 // A kernel as calls need it.
 struct Kernel {
   enum How : uint8_t {
     Python,  // a function of the op's arguments, whose results are checked here
     Native,  // a private op of torch, which checks its arguments and allocates its results
     Run,     // Python runs the call: `Record::run`
+    Asked,   // as Python, but Python says what the results must be
   };
 
   How how;
   Kept owner;  // opkit's Kernel
   Kept function;
   std::optional<c10::OperatorHandle> handle;
-  Kept keeps;  // what has to stay for `handle` to be valid
+  Kept keeps;                          // what has to stay for `handle` to be valid
+  std::shared_ptr<Expected> expected;  // where it is Asked
 };
 
 // What a choice among kernels depends on, where no kernel is asked.
@@ -118,7 +122,7 @@ struct Record {
   bool is_tuple;   // whether that is a tuple or a NamedTuple
 
   // Python's part of a call; see opkit/dispatch/native/path.py.
-  Kept choose, run, conform, explain, pack;
+  Kept choose, run, expect, conform, explain, pack;
   // Python's part of differentiation; see opkit/transforms/gradient.py.
   Kept twin, lost, tracked, again, alone, check, flatten;
 

@@ -3,6 +3,7 @@
 #include "boxed.cpp"
 #include "call.cpp"
 #include "description.cpp"
+#include "expected.cpp"
 #include "module.cpp"
 #include "plan.cpp"
 #include "record.cpp"
