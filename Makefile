@@ -125,7 +125,6 @@ define under
 @OPKIT_CACHE_DIR=$(CURDIR)/build/sanitize-$(firstword $(2)) OPKIT_NATIVE=1 \
   CXX="$(CXX) -fsanitize=$(1) -fno-omit-frame-pointer -g1" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-  TSAN_OPTIONS=suppressions=$(CURDIR)/tests/dispatch/native_tsan.txt \
   LD_PRELOAD="$(foreach name,$(2),$(shell $(CXX) -print-file-name=lib$(name).so))" \
   $(BIN)/python -m pytest -s tests/dispatch/test_native_path.py tests/dispatch/test_native_life.py $(3) $(PYTEST_ARGS)
 endef

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import opkit
 from opkit import _registry
@@ -443,6 +444,22 @@ def test_another_op_takes_the_name_of_one_that_was_removed():
             x = leaf(2)
             again(x).sum().backward()
             assert again(x).tolist() == x.grad.tolist() == [factor, factor]
+        _registry.remove("t::again")
+
+
+def test_an_op_defined_anew_is_itself_to_modes_where_calls_of_the_first_are_held():
+    """torch keeps its object for an overload as long as a kernel is there; compiled code holds what it calls."""
+    held = []
+    for factor in (1, 2):
+
+        @opkit.op("t::again", shapes="n -> n", flops=lambda x, factor=factor: factor)
+        def again(x: Tensor) -> Tensor:
+            return x * 1
+
+        with FlopCounterMode(display=False) as counter:
+            again(torch.ones(2))
+        assert counter.get_total_flops() == factor
+        held.append(again.overload._op)
         _registry.remove("t::again")
 
 
