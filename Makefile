@@ -19,6 +19,8 @@ CALLS := tests/dispatch tests/transforms tests/kernels/test_every_op.py tests/ke
 AGAIN := $(MAKE) --no-print-directory  # under this name, as a dry run runs lines with $(MAKE)
 # Most of these start processes.
 BESIDE := tests/plugins tests/cli tests/testing/test_plugin_kit.py
+# The suite that each plugin's TestPlugin is, run once: on all of them, from their wheels.
+FROM_WHEELS := tests/plugins/test_wheels.py
 WHEELS := build/wheels
 CORE := $(BIN)/python -m opkit build --native
 NATIVE := find opkit kernels plugins examples tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null
@@ -58,12 +60,13 @@ test: $(READY) $(PLUGINS)/.ready ## run every test (sets everything up first), o
 # What `test` runs beside the other tests.
 beside:
 	@status=0; \
-	for tests in plugins/*/tests; do \
+	for tests in plugins/*/tests $(FROM_WHEELS); do \
 	  echo "== $$tests"; \
-	  PYTHONPATH=$(CURDIR)/$(PLUGINS) $(BIN)/python -m pytest "$$tests" || status=$$?; \
+	  PYTHONPATH=$(CURDIR)/$(PLUGINS):$(CURDIR)/$(PLUGINS)-needs \
+	    $(BIN)/python -m pytest "$$tests" -k "not TestPlugin" || status=$$?; \
 	done; \
 	echo "== $(BESIDE)"; \
-	$(BIN)/python -m pytest $(BESIDE) || status=$$?; \
+	$(BIN)/python -m pytest $(BESIDE) --ignore=$(FROM_WHEELS) || status=$$?; \
 	echo "== tests of calls, through the native core"; \
 	OPKIT_NATIVE=1 $(BIN)/python -m pytest $(CALLS) || status=$$?; \
 	exit $$status
@@ -154,10 +157,18 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 # The plugins live outside the virtual environment, so that only their own tests see them.
-$(PLUGINS)/.ready: $(READY) $(shell find plugins -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*' 2>/dev/null)
+$(PLUGINS)/.ready: $(READY) $(PLUGINS)-needs/.ready $(shell find plugins -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*' 2>/dev/null)
 	@rm -rf $(PLUGINS) && mkdir -p $(PLUGINS)
 	@plugins=$$(for file in plugins/*/pyproject.toml; do [ -f "$$file" ] && echo "./$$(dirname $$file)"; done); \
 	[ -z "$$plugins" ] || { \
 	  echo "== installing" $$plugins "for their own tests"; \
-	  $(PIP) install --no-deps -c $(CONSTRAINTS) --target $(PLUGINS) numba llvmlite $$plugins; }
+	  $(PIP) install --no-deps -c $(CONSTRAINTS) --target $(PLUGINS) $$plugins; }
+	@touch $@
+
+# Large, so not installed anew with each change of a plugin. A torch for CUDA has brought the triton that it needs.
+$(PLUGINS)-needs/.ready: $(READY)
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@echo "== installing what the plugins need for their own tests"
+	$(PIP) install --no-deps -c $(CONSTRAINTS) --target $(@D) numba llvmlite jax jaxlib opt_einsum \
+	  $$($(BIN)/python -c 'import triton' 2>/dev/null || echo triton)
 	@touch $@

@@ -88,3 +88,13 @@ def largest(found: Any, expected: Any) -> float:
         return 0.0
     off = (found.detach().to(expected.dtype) - expected.detach()).abs().max().item()
     return off if math.isfinite(off) else 0.0
+
+
+def usual(found: Any, expected: Any) -> float:
+    """Return the root mean square of the finite differences of elements; 0 where there are none."""
+    if not (isinstance(found, Tensor) and isinstance(expected, Tensor) and expected.is_floating_point()):
+        return 0.0
+    if found.shape != expected.shape:  # it depends on the data, and they were rounded
+        return 0.0
+    off = found.detach().to(expected.dtype) - expected.detach()
+    return off[off.isfinite()].square().mean().sqrt().nan_to_num().item()

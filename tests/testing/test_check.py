@@ -123,6 +123,21 @@ def test_a_wrong_kernel_is_named_with_the_largest_difference():
     assert "to 1e-05 of it" in record.expected
 
 
+def test_where_terms_cancel_a_kernel_may_be_as_far_off_as_the_reference():
+    @opkit.op("t::centred", shapes="*b n -> *b n:x")
+    def centred(x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True)
+
+    generator = torch.Generator().manual_seed(0)
+    x = 0.1 + 1e-7 * torch.randn(4, 7, generator=generator)
+    centred.register_kernel("cpu", lambda x: x - x.flip(-1).sum(-1, keepdim=True) / 7, backend="backwards")
+    values = centred.schema.fill(*centred.schema.carry((x,), {}))
+    assert {r.status for r in checker.kernels(centred, values) if r.what != "kernel"} == {"passed"}
+    centred.register_kernel("cpu", lambda x: x - x.mean(-1, keepdim=True) + 1e-6, backend="wrong")
+    found = {r.backend: r.status for r in checker.kernels(centred, values) if r.what == "result out"}
+    assert found == {"backwards": "passed", "wrong": "failed", "reference": "passed"}
+
+
 def test_a_kernel_that_raises_or_is_rejected():
     cube = cubing()
 

@@ -33,5 +33,11 @@ def use(file: str, device: str) -> dict[str, Any]:
 
 
 def report(queue: Any, file: str, device: str) -> None:
-    """Put what `use` returns into a queue of the parent."""
+    """Put what `use` returns into a queue of the parent, computing on one thread, as torch's own workers do.
+
+    In a forked child GNU OpenMP's threads are not there, and what torch computes in parallel waits for them.
+    """
+    import torch
+
+    torch.set_num_threads(1)
     queue.put(use(file, device))

@@ -34,10 +34,6 @@ LAYOUTS = {
 class TestPlugin(opkit.testing.plugin.Suite):
     name = "numba"
 
-    def slack(self, op, dtype):
-        # grad_x is the difference of two terms, which are equal but for eps where a row has equal elements.
-        return 1e-6 if (op, dtype) == ("opkit::rms_norm_backward", "float32") else super().slack(op, dtype)
-
 
 @pytest.fixture(autouse=True)
 def numba_only(request):
@@ -218,7 +214,7 @@ def test_numba_is_selected_on_request_and_comes_after_native_kernels_otherwise()
     assert rms_norm.explain(x, weight).selected == "numba"
     with opkit.use_backend():
         backends = [c.backend for c in rms_norm.explain(x, weight).candidates]
-    assert backends == ["cpp", "numba", "reference"]
+    assert [b for b in backends if b in ("cpp", "numba", "reference")] == ["cpp", "numba", "reference"]
 
 
 def test_dtypes_that_numpy_lacks_are_left_to_others_with_the_reason():
