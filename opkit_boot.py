@@ -81,13 +81,9 @@ def missing(probe: Probe) -> list[str]:
 def installed() -> list[tuple[str, Probe]] | None:
     """Return the devices of all plugins in `sys.path`, or None where a folder must be looked at anew."""
     try:
-        with open(path(), "rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
-                return None
-            known = marshal.loads(file.read())
-    except OSError:
-        known = {}
-    except (ValueError, EOFError, TypeError):
+        data = read(path("devices"))
+        known = {} if data is None else marshal.loads(data)
+    except (OSError, ValueError, EOFError, TypeError):
         return None
     if not isinstance(known, dict):
         return None
@@ -106,18 +102,51 @@ def installed() -> list[tuple[str, Probe]] | None:
     return found
 
 
-def path() -> str:
-    """Return the file of this environment, beside the catalog of plugins."""
-    base = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = os.environ.get("OPKIT_CACHE_DIR") or os.path.join(base, "opkit")
+def folder() -> str:
+    """Return where processes leave for one another what they know of plugins; the same place after `os.chdir`."""
+    chosen = os.environ.get("OPKIT_CACHE_DIR")
+    root = (
+        chosen
+        or f"{os.environ.get('TORCH_EXTENSIONS_DIR') or os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/opkit"
+    )
+    if not root.startswith("/"):
+        root = os.path.expanduser(root)
+        root = _absolute.setdefault(root, os.path.abspath(root))
+    return f"{root}/plugins"
+
+
+_absolute: dict[str, str] = {}
+
+
+def path(what: str) -> str:
+    """Return the file in which processes of this environment keep what they found of `what`."""
     environment = f"{sys.prefix}\0{sys.version}".encode()
-    return os.path.join(os.path.expanduser(root), "plugins", f"devices-{zlib.crc32(environment):08x}")
+    return f"{folder()}/{what}-{zlib.crc32(environment):08x}"
+
+
+def read(file: str) -> bytes | None:
+    """Return what a file of this user's own has, or None where there is none.
+
+    Raises:
+        OSError: it is somebody else's.
+    """
+    try:
+        opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)  # half of what `open` takes
+    except OSError:
+        return None
+    try:
+        about = os.fstat(opened)
+        if about.st_uid != os.getuid():
+            raise PermissionError(f"{file} is another user's")
+        return os.read(opened, about.st_size)
+    finally:
+        os.close(opened)
 
 
 def folders() -> Iterator[tuple[str, int]]:
     """Yield the folders of `sys.path` that exist, each with the time when something was put in or taken out."""
     for folder in dict.fromkeys(sys.path):
-        folder = os.path.abspath(folder)
+        folder = folder if folder.startswith("/") else os.path.abspath(folder)
         try:
             yield folder, os.stat(folder).st_mtime_ns
         except OSError:

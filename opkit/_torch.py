@@ -221,11 +221,6 @@ def dispatch_key(device: str) -> str:
     return str(torch._C._dispatch_key_for_device(device))
 
 
-def privateuse_name() -> str:
-    """Return the name under which PrivateUse1 goes now."""
-    return str(torch._C._get_privateuse1_backend_name())
-
-
 def outside_modes() -> Any:
     """Have ops called inside see real tensors, whatever is traced, mapped or differentiated around them.
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from opkit import _torch
+from opkit import _torch_device
 from opkit.cpp.light import Source
 from opkit.dispatch import inplace as inplaces
 from opkit.dispatch import native, preference
@@ -140,7 +140,7 @@ def device_type(device: str, op: str) -> str:
     try:
         return torch.device(device).type
     except RuntimeError:
-        known = dict.fromkeys((*_DEVICES, _torch.privateuse_name()))
+        known = dict.fromkeys((*_DEVICES, _torch_device.slot()))
         hint = " Did you mean 'cuda'?" if device in ("gpu", "nvidia") else did_you_mean(device, known)
         raise RegistrationError(
             f"registering a kernel for {op}: torch knows no device {device!r}; expected one of "

@@ -12,15 +12,19 @@ import marshal
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import opkit_boot
 from opkit.errors import PluginError, did_you_mean
-from opkit.plugins import catalog, isolation, loader, policy, resolve
+from opkit.plugins import calls, catalog, conflicts, loader, policy
 from opkit.plugins import device as devices
 from opkit.plugins.device import Device
+from opkit.plugins.discovery import Found
 from opkit.plugins.manifest import DeviceEntry
 from opkit.plugins.state import State, blame, describe, remedy
+from opkit.plugins.watchdog import Stopped
+
+T = TypeVar("T")
 
 _SETTLED = 2_000_000_000  # ns after which a folder that changes again surely has another time
 
@@ -44,7 +48,9 @@ def set_up(states: Iterable[State]) -> None:
         PluginError: the device that the user chose is not there, or cannot be set up.
     """
     chosen = policy.device()
-    offering = [s for s in resolve.ordered(list(states)) if not s.is_out and s.manifest and s.manifest.device]
+    offering = [
+        s for s in conflicts.ordered(list(states)) if not s.is_out and s.manifest and s.manifest.device
+    ]
     _check_choice(chosen.value, chosen.where, offering)
     taken: State | None = None
     for state in sorted(offering, key=lambda state: _entry(state).name != chosen.value):
@@ -137,19 +143,20 @@ def _device(state: State) -> Device:
     return Device(entry.name, entry.stub, entry.loader, state.found.source, state.found.name, call)
 
 
-def _call(state: State, function: Callable[[], Any]) -> Any:
+def _call(state: State, function: Callable[[], T]) -> T:
     """Load the library of a plugin's device. It may have to be compiled, so there is no limit of time."""
-    subject = loader._subject(state)._replace(limit=0)
-    outcome = isolation.call(subject, f"loading {_entry(state).loader}", function)
-    state.notes += [note for note in outcome.notes if note not in state.notes]
-    if outcome.error is None:
-        loader._loaded(state)
-        state.notes.append(f"the library of its device {_entry(state).name} is loaded")
-        return outcome.value
-    error = outcome.error
-    advice = remedy(state.found, error) if isinstance(error, ImportError) else blame(state.found)
-    state.fail(f"loading its device {_entry(state).name} raised {describe(error)}", advice, error)
-    raise error
+    entry = _entry(state)
+    try:
+        value = calls.run(state, f"loading {entry.loader}", function, limit=0)
+    except Stopped:  # not the plugin's doing
+        raise
+    except BaseException as error:
+        advice = remedy(state.found, error) if isinstance(error, ImportError) else blame(state.found)
+        state.fail(f"loading its device {entry.name} raised {describe(error)}", advice, error)
+        raise
+    loader.mark_loaded(state)
+    state.notes.append(f"the library of its device {entry.name} is loaded")
+    return value
 
 
 def _entry(state: State) -> DeviceEntry:
@@ -169,10 +176,10 @@ def _remember() -> None:
     for folder, changed in opkit_boot.folders():
         if changed < settled:
             found = catalog.in_folder(folder)
-            offered = [(d.name, d.probe) for plugin in found if (d := _offered(plugin))]
-            watched = [(path, opkit_boot.stamp(path)) for plugin in found for path in _files(plugin)]
+            offered = [(d.name, d.probe) for plugin in found.plugins if (d := _offered(plugin))]
+            watched = [*found.watched, *(one for plugin in found.plugins for one in plugin.watched)]
             known[folder] = changed, opkit_boot.distributions(folder), offered, watched
-    target = opkit_boot.path()
+    target = opkit_boot.path("devices")
     kept = dict(list({**_kept(target), **known}.items())[-opkit_boot.FOLDERS :])
     unfinished = f"{target}.{os.getpid()}"
     try:
@@ -184,12 +191,8 @@ def _remember() -> None:
         pass
 
 
-def _offered(plugin: Any) -> DeviceEntry | None:
+def _offered(plugin: Found) -> DeviceEntry | None:
     return plugin.manifest.device if plugin.manifest is not None else None
-
-
-def _files(plugin: Any) -> list[str]:
-    return [os.path.join(plugin.metadata, "entry_points.txt"), *filter(None, [plugin.manifest_path])]
 
 
 def _kept(target: str) -> dict[str, Any]:

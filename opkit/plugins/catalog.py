@@ -1,7 +1,8 @@
 """What is installed, found without reading what has not changed since some process of this environment read it.
 
-Installing, removing and upgrading change the time of the folder in `sys.path`; manifests and the metadata of
-plugins, which may be edited where they are, are looked at one by one. `refresh` forgets it, for what no time tells.
+Installing, removing and upgrading change the time of the folder in `sys.path`. What an author edits in a project, after
+an editable install or with the metadata beside the code, is looked at file by file. `refresh` forgets it, for what no
+time tells, such as a file that somebody edits where an installer has put it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import opkit_boot
 from opkit.plugins import store
-from opkit.plugins.discovery import Found, Listing, Row, Stamp, normalized, read, stamp
+from opkit.plugins.discovery import Found, Listing, Stamp, normalized, read
 
 
 class Facts(NamedTuple):
@@ -33,20 +35,19 @@ def installed() -> list[Found]:
     """Return the installed plugins, ordered by name and then by distribution."""
     global _torch
     found: list[Found] = []
-    seen: set[str] = set()
-    _torch = ""
+    seen = _torch = ""
     with store.writing():
         for listing in map(_listing, dict.fromkeys(sys.path)):
             _torch = _torch or listing.torch
-            found += [Found.of(row) for row in listing.rows if normalized(row.distribution) not in seen]
-            seen.update(listing.names)
-    return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution))
+            found += [one for one in listing.plugins if f"/{normalized(one.distribution)}/" not in seen]
+            seen += listing.names
+    return sorted(found, key=lambda plugin: plugin[:2])
 
 
-def in_folder(folder: str) -> list[Found]:
-    """Return the plugins that a folder of `sys.path` holds, also those that an earlier folder has in their place."""
+def in_folder(folder: str) -> Listing:
+    """Return what a folder of `sys.path` holds, also what an earlier folder has in its place."""
     with store.writing():
-        return [Found.of(row) for row in _listing(folder).rows]
+        return _listing(folder)
 
 
 def facts() -> Facts:
@@ -69,24 +70,24 @@ def refresh() -> None:
 
 def unchanged(stamps: Iterable[tuple[str, Stamp]]) -> bool:
     """Whether files are as they were."""
-    return all(stamp(path) == before for path, before in stamps)
+    return all(opkit_boot.stamp(path) == before for path, before in stamps)
 
 
 def _listing(folder: str) -> Listing:
     """Return what a folder of `sys.path` holds, read anew where it changed."""
     try:
-        folder = os.path.abspath(folder)
+        folder = folder if folder.startswith("/") else os.path.abspath(folder)
         changed_at = os.stat(folder).st_mtime_ns
     except OSError:
         return Listing()
     known = store.folder(folder)
     if known is not None and known[0] == changed_at:
-        names, torch, rows, watched = marshal.loads(known[1])
-        listing = Listing(names, torch, tuple(map(Row._make, rows)), watched)
-        if unchanged(watched) and all(unchanged(row.watched) for row in listing.rows):
+        names, torch, plugins, watched = marshal.loads(known[1])
+        listing = Listing(names, torch, tuple(map(Found._make, plugins)), watched)
+        if unchanged(watched) and all(unchanged(one.watched) for one in listing.plugins):
             return listing
     listing = read(folder)
-    held = marshal.dumps((listing.names, listing.torch, tuple(map(tuple, listing.rows)), listing.watched))
+    held = marshal.dumps((listing.names, listing.torch, tuple(map(tuple, listing.plugins)), listing.watched))
     if (
         listing.names or known is None or known[1] != held
     ):  # programs write into folders that have nothing for us

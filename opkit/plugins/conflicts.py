@@ -15,21 +15,23 @@ def apply(states: Sequence[State]) -> None:
     """Leave out plugins that are in each other's way."""
     named: dict[str, list[State]] = {}
     defining: dict[str, list[State]] = {}
+    excluding: list[tuple[State, str]] = []
     for state in states:
         named.setdefault(state.found.name, []).append(state)
-        for op in state.manifest.ops if state.manifest else ():
-            defining.setdefault(op, []).append(state)
+        if manifest := state.manifest:
+            for op in manifest.ops:
+                defining.setdefault(op, []).append(state)
+            excluding += [(state, name) for name in manifest.conflicts]
     for name, both in named.items():
         if len(both) > 1:
             _reject(both, "one name, one plugin", f"have the plugin name {name!r}")
     for op, both in defining.items():
         if len(both) > 1:
             over(op, both)
-    for state in states:
-        for name in state.manifest.conflicts if state.manifest else ():
-            for other in named.get(name, ()):
-                rule = f"conflicts in {state.found.manifest_path}"
-                _reject([state, other], rule, "cannot be used together")
+    for state, name in excluding:
+        for other in named.get(name, ()):
+            rule = f"conflicts in {state.found.manifest_path}"
+            _reject([state, other], rule, "cannot be used together")
     for state in _in_circle(states):
         state.reject(
             "conflict",
@@ -71,9 +73,9 @@ def _behind(state: State, states: Sequence[State]) -> set[str]:
 
 
 def _in_circle(states: Sequence[State]) -> list[State]:
-    left = [state for state in states if state.status == "discovered"]
-    if not any(state.manifest and (state.manifest.after or state.manifest.before) for state in left):
+    if not any((manifest := state.manifest) and (manifest.after or manifest.before) for state in states):
         return []
+    left = [state for state in states if state.status == "discovered"]
     while True:
         waited_for = {name for state in left for name in _behind(state, left)}
         free = [s for s in left if not _behind(s, left) or s.found.name not in waited_for]

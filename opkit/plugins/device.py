@@ -3,6 +3,10 @@
     torch.ones(2, device="opk")       torch asks `torch.opk._lazy_init`, which loads the library
     torch.opk.is_available()          is answered by the plugin's stub, without the library
     torch.opk.memory_allocated()      is not in the stub: the library is loaded, and asked
+    torch.opk.Generator()             loads the library; so do Stream and Event
+
+torch.Generator("opk"), torch.Stream and torch.Event are made in C, which asks nobody in Python: they raise until the
+library is loaded.
 
 torch has one slot for all devices of plugins, and what has been put there stays: whoever comes second is shadowed.
 Which device gets it is the part of `boot`; this module imports torch only when a device takes the slot.
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -76,7 +81,7 @@ class Lazy:
         self.device = device
         self.module = module
         self.is_loaded = False
-        self._is_loading = False
+        self._loading = 0  # the thread that does
         self._error: BaseException | None = None
         self._seed: int | None = None
         self._runtime = ""
@@ -91,17 +96,19 @@ class Lazy:
         if self.is_loaded:
             return
         with sources.lock:  # the plugin may register kernels meanwhile, which takes this lock
-            if self.is_loaded or self._is_loading:
+            if self.is_loaded or self._is_loading():
                 return
+            if self._loading:  # this thread has the lock: a fork has left the other one behind
+                self._error = RuntimeError("another thread was doing so when this process was forked")
             if self._error is None:
-                self._is_loading = True
+                self._loading = threading.get_ident()
                 try:
                     self._fill(self.device.call(self._run_loader))
                     return
                 except (Exception, SystemExit) as error:
                     self._error = error
                 finally:
-                    self._is_loading = False
+                    self._loading = 0
             raise self._failure("loading its library", self._error) from self._error
 
     def find(self, name: str) -> Any:
@@ -113,7 +120,7 @@ class Lazy:
             return getattr(stub, name)
         if name in _OFFERS and not (self.is_loaded and name in _UNTIL_LOADED):
             return _OFFERS[name](self)
-        if not name.startswith("_") and not self._is_loading:
+        if not name.startswith("_") and not self._is_loading():
             self.load()
             if name in self.module.__dict__:
                 return self.module.__dict__[name]
@@ -134,6 +141,10 @@ class Lazy:
     def seed(self, seed: int) -> None:
         """Seed all of the device's generators, once there are some."""
         self._seed = seed
+
+    def _is_loading(self) -> bool:
+        """Whether this thread is loading the library."""
+        return self._loading == threading.get_ident()
 
     def _run_loader(self) -> ModuleType | None:
         loader = self.device.loader

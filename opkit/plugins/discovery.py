@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import opkit_boot
 from opkit.plugins.manifest import FILE, Manifest, parse
 
 GROUP = "opkit.plugins"
@@ -21,42 +20,7 @@ _SUFFIXES = (".dist-info", ".egg-info")
 Stamp = tuple[int, int] | None  # of a file: its time of change and its size
 
 
-class Row(NamedTuple):
-    """A plugin as the catalog keeps it; `manifest` is what `Manifest.plain` gave."""
-
-    name: str
-    distribution: str
-    version: str
-    value: str
-    location: str
-    metadata: str
-    problem: str
-    manifest: tuple[Any, ...] | None
-    manifest_path: str
-    watched: tuple[tuple[str, Stamp], ...]
-
-
-class Listing(NamedTuple):
-    """What a folder holds: the names of all distributions, torch's version, and the plugins."""
-
-    names: tuple[str, ...] = ()
-    torch: str = ""
-    rows: tuple[Row, ...] = ()
-    watched: tuple[tuple[str, Stamp], ...] = ()
-
-
-@dataclass(frozen=True)
-class Found:
-    """One entry point of an installed distribution; `problem` says why it could not be read.
-
-    Attributes:
-        name: of the entry point.
-        value: of the entry point, `module:function`, or `module` where the manifest says everything.
-        location: the folder of `sys.path` that has it.
-        metadata: the distribution's folder of metadata.
-        manifest_path: where the manifest is, empty where there is none.
-    """
-
+class _Row(NamedTuple):
     name: str
     distribution: str
     version: str
@@ -66,15 +30,39 @@ class Found:
     problem: str = ""
     manifest_path: str = ""
     plain: tuple[Any, ...] | None = None
+    watched: tuple[tuple[str, Stamp], ...] = ()
 
-    @staticmethod
-    def of(row: Row) -> Found:
-        return Found(*row[:7], row.manifest_path, row.manifest)
 
-    @cached_property
+class Listing(NamedTuple):
+    """What a folder holds: the names of all distributions, each between slashes, torch's version, and the plugins."""
+
+    names: str = ""
+    torch: str = ""
+    plugins: tuple[Found, ...] = ()
+    watched: tuple[tuple[str, Stamp], ...] = ()
+
+
+class Found(_Row):
+    """One entry point of an installed distribution; `problem` says why it could not be read.
+
+    Attributes:
+        name: of the entry point.
+        value: of the entry point, `module:function`, or `module` where the manifest says everything.
+        location: the folder of `sys.path` that has it.
+        metadata: the distribution's folder of metadata.
+        manifest_path: where the manifest is, empty where there is none.
+        plain: the manifest, as `Manifest.plain` gave it.
+        watched: where its manifest can be, if that is its author's project.
+    """
+
+    _manifest: Manifest | None = None
+
+    @property
     def manifest(self) -> Manifest | None:
-        """What the plugin says of itself, or what is remembered of it."""
-        return None if self.plain is None else Manifest.from_plain(self.plain)
+        """What the plugin says of itself."""
+        if self._manifest is None and self.plain is not None:
+            self._manifest = Manifest.from_plain(self.plain)
+        return self._manifest
 
     @property
     def module(self) -> str:
@@ -103,15 +91,6 @@ def normalized(name: str) -> str:
     return name
 
 
-def stamp(path: str) -> Stamp:
-    """Return what changes when a file does, or None where there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
-
-
 def read(folder: str) -> Listing:
     """Return what a folder of `sys.path` holds. A zip file is read by importlib.metadata."""
     try:
@@ -121,25 +100,28 @@ def read(folder: str) -> Listing:
         return _read_archive(folder)
     except OSError:
         return Listing()
-    names: list[str] = []
-    rows: list[Row] = []
+    names: dict[str, str] = {}
+    plugins: list[Found] = []
     watched: list[tuple[str, Stamp]] = []
     torch = ""
     for metadata in found:
         name, version = _identity(metadata)
-        if normalized(name) in names:  # what an interrupted upgrade left
+        if names.setdefault(normalized(name), metadata) != metadata:  # what an interrupted upgrade left
             continue
-        names.append(normalized(name))
         torch = version if name == "torch" and not torch else torch
         path = os.path.join(folder, metadata, "entry_points.txt")
         if metadata.endswith(
             ".egg-info"
-        ):  # a build writes into it again, which leaves the folder's time as it is
-            watched.append((path, stamp(path)))
+        ):  # a build writes into it again, and the folder's time stays as it is
+            watched.append((path, opkit_boot.stamp(path)))
         content = _bytes(path)
         if GROUP.encode() in content:
-            rows += _rows(folder, metadata, content)
-    return Listing(tuple(names), torch, tuple(rows), tuple(watched))
+            plugins += _plugins(folder, metadata, content)
+    return Listing(_joined(names), torch, tuple(plugins), tuple(watched))
+
+
+def _joined(names: Iterable[str]) -> str:
+    return "".join(f"/{name}/" for name in names)
 
 
 def _identity(metadata: str) -> tuple[str, str]:
@@ -148,25 +130,31 @@ def _identity(metadata: str) -> tuple[str, str]:
     return name, version.partition("-py")[0] if metadata.endswith(".egg-info") else version
 
 
-def _rows(folder: str, metadata: str, content: bytes) -> Iterator[Row]:
+def _plugins(folder: str, metadata: str, content: bytes) -> Iterator[Found]:
     """Yield the plugins of one distribution."""
     name, version = _stated(os.path.join(folder, metadata))
     place = os.path.join(folder, metadata)
-    path = os.path.join(place, "entry_points.txt")
-    watched = ((path, stamp(path)),)
     try:
         points = list(_points(content.decode()))
     except ValueError as error:
         problem = f"its entry_points.txt cannot be read ({type(error).__name__}: {error})"
-        yield Row(name, name, version, "", folder, place, problem, None, "", watched)
+        yield Found(name, name, version, "", folder, place, problem)
         return
     for point, value in points:
-        problem, manifest, found = "", None, ""
-        places = [(path, stamp(path)) for path in _manifests(folder, value.partition(":")[0].strip())]
-        if exists := [path for path, then in places if then]:
-            found = exists[0]
-            manifest, problem = _read_manifest(found, point)
-        yield Row(point, name, version, value, folder, place, problem, manifest, found, (*watched, *places))
+        problem, plain = "", None
+        places = _manifests(folder, value.partition(":")[0].strip())
+        found = next(filter(os.path.exists, places), "")
+        if found:
+            plain, problem = _read_manifest(found, point)
+        watched = tuple(
+            (path, opkit_boot.stamp(path)) for path in places if _is_edited(path, folder, metadata)
+        )
+        yield Found(point, name, version, value, folder, place, problem, found, plain, watched)
+
+
+def _is_edited(path: str, folder: str, metadata: str) -> bool:
+    """Whether a file may change where it is: its project's own, and not what an installer has put into the folder."""
+    return metadata.endswith(".egg-info") or not path.startswith(f"{folder}/")
 
 
 def _points(text: str) -> Iterator[tuple[str, str]]:
@@ -249,13 +237,13 @@ def _read_archive(path: str) -> Listing:
     from importlib.metadata import distributions
 
     names: list[str] = []
-    rows: list[Row] = []
+    plugins: list[Found] = []
     for source in distributions(path=[path]):
         try:
             name, version = source.metadata["Name"], source.version
             names.append(normalized(name))
             points = _points(source.read_text("entry_points.txt") or "")
-            rows += [Row(p, name, version, v, path, "", "", None, "", ()) for p, v in points]
+            plugins += [Found(point, name, version, value, path) for point, value in points]
         except Exception:  # metadata that cannot be read
             continue
-    return Listing(tuple(names), "", tuple(rows), ())
+    return Listing(_joined(names), "", tuple(plugins))

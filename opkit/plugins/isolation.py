@@ -154,9 +154,10 @@ def _changes(declared: Sequence[str]) -> Iterator[_Changes]:
 
 def _remember(subject: Subject, error: BaseException | None, refusals: Sequence[Refusal]) -> None:
     """Let the next process know what it need not find out again."""
-    if error is None:
-        quarantine.clear(subject.name, subject.version)
-    elif isinstance(error, HungError):
+    harmful = [refusal for refusal in refusals if refusal.cause != "conflict"]
+    if isinstance(error, HungError):
         quarantine.suspect(subject.name, subject.version, f"it hung twice in a row: {error}", error.where)
-    elif harmful := [refusal for refusal in refusals if refusal.cause != "conflict"]:
+    elif error is not None and harmful:
         quarantine.put(subject.name, subject.version, str(harmful[0]), harmful[0].said)
+    else:
+        quarantine.clear(subject.name, subject.version)

@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from opkit import _config
 from opkit import _sources as sources
 from opkit.errors import DuplicateOpError, PluginError, did_you_mean
-from opkit.plugins import catalog, forks, quarantine, remembered, report, resolve, store
+from opkit.plugins import (
+    calls,
+    catalog,
+    conflicts,
+    forks,
+    promises,
+    quarantine,
+    remembered,
+    report,
+    resolve,
+    store,
+)
 from opkit.plugins.registry import Registration, Registry
 from opkit.plugins.standin import StandIn
 from opkit.plugins.state import State, blame, describe, remedy
@@ -25,10 +35,7 @@ from opkit.plugins.watchdog import HungError, Stopped
 
 if TYPE_CHECKING:
     from opkit._op import Op
-    from opkit.plugins.isolation import Subject
     from opkit.plugins.natives import Refusal
-
-T = TypeVar("T")
 
 _states: list[State] | None = None
 _depth = 0  # of calls that report what failed when they end
@@ -65,7 +72,7 @@ def load_when_needed() -> None:
     """
     with _at_work():
         register()
-        unknown = [s for s in resolve.ordered(states()) if s.status == "registered" and s.manifest is None]
+        unknown = [s for s in conflicts.ordered(states()) if s.status == "registered" and s.manifest is None]
         unknown = [s for s in unknown if not s.is_loading]
         if unknown:
             _refuse_if_frozen(unknown)
@@ -94,7 +101,7 @@ def load(*names: str) -> None:
     with _at_work():
         chosen = [named(name) for name in names] if names else states()
         register()
-        for state in resolve.ordered(chosen):
+        for state in conflicts.ordered(chosen):
             _load_all(state)
     for state in chosen if names else ():
         if state.status != "loaded":
@@ -121,7 +128,7 @@ def named(name: str) -> State:
 def register() -> None:
     """Make known what the plugins bring that are neither left out nor registered."""
     with _at_work():
-        for state in resolve.ordered(states()):
+        for state in conflicts.ordered(states()):
             if state.status == "discovered":
                 state.status = "registered"
                 _register(state)
@@ -132,12 +139,12 @@ def call(state: State) -> None:
     with _at_work():
         if state.called or state.is_loading or state.is_out:
             return
-        for other in resolve.before(state, states()):
+        for other in conflicts.before(state, states()):
             call(other)
         registry = Registry(state.found.source)
         before = remembered.snapshot()
         try:
-            run(state, registry)
+            calls.entry_point(state, registry)
         except Stopped:  # not the plugin's doing: it is called at the next need
             registry.take_back()
             raise
@@ -153,37 +160,6 @@ def call(state: State) -> None:
         remembered.note(state, registry, before)
 
 
-def run(state: State, registry: Registry) -> None:
-    """Import a plugin and call its function; raise what that raises."""
-
-    def doing() -> None:
-        state.doing = f"importing {state.found.value}"
-        function = _function(state)
-        state.doing = f"calling {state.found.value}"
-        function(registry)
-
-    _call(state, doing)
-
-
-def make(stand_in: StandIn) -> Registration:
-    """Import and call the factory of a kernel, and return what it makes; raise what that raises."""
-    state, entry = stand_in.state, stand_in.entry
-
-    def doing() -> tuple[Any, Any]:
-        state.doing = f"importing {entry.factory}"
-        factory = _object(*entry.factory.split(":"))
-        when = _object(*entry.when.split(":")) if entry.when else None
-        state.doing = f"calling {entry.factory}"
-        return factory(), when
-
-    function, when = _call(state, doing)
-    state.doing = f"registering its kernel for {entry}"
-    return Registration(
-        entry.op, entry.device, function, entry.backend, stand_in.dtypes(), when, entry.priority,
-        entry.properties, stand_in.inplace(),
-    )  # fmt: skip
-
-
 def fetch(stand_in: StandIn) -> None:
     """Put a kernel that a manifest names into its place, or take its stand-in away."""
     state = stand_in.state
@@ -194,7 +170,7 @@ def fetch(stand_in: StandIn) -> None:
         if not stand_in.entry.factory:
             call(state)
         elif not state.is_out:
-            for other in resolve.before(state, states()):
+            for other in conflicts.before(state, states()):
                 call(other)
             _fill(stand_in)
         if stand_in.waiting:
@@ -208,7 +184,7 @@ def withdraw(state: State) -> None:
 
     if state.registry is not None:
         state.registry.take_back()
-    _withdraw_promises(state)
+    promises.withdraw(state.manifest)
     for stand_in in state.stand_ins:
         stand_in.give_up()
     for op in _registry.all_ops():
@@ -216,6 +192,13 @@ def withdraw(state: State) -> None:
             if kernel.source == state.found.source:
                 op._table.discard(kernel)
     state.stand_ins, state.registrations = [], []
+
+
+def mark_loaded(state: State) -> None:
+    """Note that code of a plugin has run and come to something; of one that failed otherwise that stays."""
+    state.has_run = True
+    if state.status == "registered":
+        state.status = "loaded"
 
 
 @contextlib.contextmanager
@@ -230,35 +213,6 @@ def _at_work() -> Iterator[None]:
             _depth -= 1
 
 
-def _call(state: State, function: Callable[[], T]) -> T:
-    """Run code of a plugin. Everything of a plugin that opkit runs, but its kernels, runs in here."""
-    from opkit.plugins import isolation
-
-    state.enter()
-    try:
-        outcome = isolation.call(_subject(state), f"loading {state.found.value}", function)
-    finally:
-        state.leave()
-    state.refusals = outcome.refusals
-    state.notes += [note for note in outcome.notes if note not in state.notes]
-    if outcome.error is not None:
-        raise outcome.error
-    state.notes += [f"{refusal}; it gets along without" for refusal in outcome.refusals]
-    return cast("T", outcome.value)
-
-
-def _subject(state: State) -> Subject:
-    """Return the plugin as isolation knows it."""
-    from opkit.plugins.isolation import Subject
-    from opkit.plugins.natives import Natives
-
-    found, limit = state.found, _config.get("OPKIT_PLUGINS_TIMEOUT")
-    if state.natives is None:
-        state.natives = Natives(found.name, found.module, limit=limit)
-    declared = state.manifest.patches if state.manifest is not None else ()
-    return Subject(found.name, resolve.tried_as(found), state.natives, declared, limit)
-
-
 def _register(state: State) -> None:
     """Put stand-ins for what a manifest names."""
     from opkit import _registry
@@ -267,14 +221,7 @@ def _register(state: State) -> None:
     manifest = state.manifest
     if manifest is None or not state.wants_ops:
         return
-    for name in manifest.ops:
-        _registry.promise(name, functools.partial(_define, state))
-    if manifest.toolchain is not None:
-        from opkit.cpp import toolchain as toolchains
-
-        toolchains.promise(
-            manifest.toolchain.name, manifest.toolchain.suffixes, functools.partial(_define, state)
-        )
+    promises.make(manifest, functools.partial(_define, state))
     state.stand_ins = [StandIn(entry, state, fetch) for entry in manifest.kernels]
     for stand_in in state.stand_ins:
         preference.know(stand_in.entry.backend)  # also where its op is still to come
@@ -297,45 +244,20 @@ def _load_all(state: State) -> None:
         if stand_in.waiting and not state.is_loading:
             _fill(stand_in) if stand_in.entry.factory else stand_in.give_up()
     if not state.is_loading:
-        _loaded(state)
-
-
-def _function(state: State) -> Callable[[Registry], object]:
-    found = state.found
-    if not found.function:
-        raise PluginError(
-            f"{found.value or 'its entry point'} names no function; expected module:function, which takes the registry"
-        )
-    function = _object(found.module, found.function)
-    if not callable(function):
-        raise PluginError(
-            f"{found.value} is of type {type(function).__name__}; expected a function of one argument"
-        )
-    made: Callable[[Registry], object] = function
-    return made
-
-
-def _object(module: str, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        mark_loaded(state)
 
 
 def _fill(stand_in: StandIn) -> None:
     """Put what a kernel's factory makes into its place."""
     try:
-        stand_in.fill(make(stand_in))
+        stand_in.fill(calls.factory(stand_in))
     except Stopped:
         raise
     except BaseException as error:
         stand_in.give_up()
         _fail(stand_in.state, error)
         return
-    _loaded(stand_in.state)
-
-
-def _loaded(state: State) -> None:
-    if state.status == "registered":
-        state.status = "loaded"
-    forks.watch(state, withdraw)
+    mark_loaded(stand_in.state)
 
 
 def _accept(state: State, registrations: Sequence[Registration]) -> None:
@@ -343,8 +265,8 @@ def _accept(state: State, registrations: Sequence[Registration]) -> None:
     from opkit import _registry
     from opkit.dispatch import preference
 
-    _loaded(state)
-    _withdraw_promises(state)
+    mark_loaded(state)
+    promises.withdraw(state.manifest)
     awaited = {stand_in.key: stand_in for stand_in in state.stand_ins if stand_in.waiting}
     for registration in registrations:
         preference.know(registration.backend)
@@ -389,7 +311,7 @@ def _fail(state: State, error: BaseException) -> None:
             (s for s in states() if s is not state and s.registry and error.op in s.registry.ops), None
         )
         if other is not None:
-            resolve.conflict_over(error.op or "", [other, state])
+            conflicts.over(error.op or "", [other, state])
             withdraw(other)
             withdraw(state)
             return
@@ -403,7 +325,7 @@ def _fail(state: State, error: BaseException) -> None:
     else:
         state.fail(f"{state.doing} raised {describe(error)}", remedy(state.found, error), error)
     if state.called or state.is_out:  # else its function may still keep what was promised
-        _withdraw_promises(state)
+        promises.withdraw(state.manifest)
 
 
 def _refuse(state: State, refusal: Refusal) -> None:
@@ -420,22 +342,11 @@ def _refuse(state: State, refusal: Refusal) -> None:
         state.quarantine(str(refusal), quarantine.remedy(state.found.name), rule="the trial of its library")
 
 
-def _withdraw_promises(state: State) -> None:
-    manifest = state.manifest
-    if manifest is None:
-        return
-    from opkit import _registry
-
-    for name in manifest.ops:
-        _registry.withdraw(name)
-    if manifest.toolchain is not None:
-        from opkit.cpp import toolchain as toolchains
-
-        toolchains.withdraw(manifest.toolchain.name)
-
-
 def _refuse_if_frozen(waiting: Sequence[State]) -> None:
     if waiting:
         from opkit.dispatch import frozen
 
         frozen.refuse_plugins([state.found.name for state in waiting])
+
+
+forks.install(lambda: _states or (), withdraw)

@@ -47,8 +47,8 @@ from __future__ import annotations
 
 import marshal
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from opkit.errors import PluginError, did_you_mean
@@ -110,16 +110,21 @@ class Requires(NamedTuple):
 _ANYTHING = Requires()
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a plugin says of itself."""
+def pack(kernels: Iterable[KernelEntry]) -> bytes:
+    """Return kernels as a manifest keeps them."""
+    return marshal.dumps(tuple(map(tuple, kernels)), 0)  # in which equal ones are the same bytes
 
+
+_NO_KERNELS = pack(())
+
+
+class _Kept(NamedTuple):
     name: str
     version: str
     requires: Requires = _ANYTHING
     namespaces: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
-    kernels: tuple[KernelEntry, ...] = field(default_factory=tuple)
+    packed: bytes = _NO_KERNELS
     device: DeviceEntry | None = None
     toolchain: ToolchainEntry | None = None
     fork: str = "safe"
@@ -128,33 +133,28 @@ class Manifest:
     after: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
 
-    def plain(self) -> tuple[Any, ...]:
-        """Return it as builtins, which `marshal` keeps; the kernels apart, as most processes need few of them."""
-        values = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
-        packed = marshal.dumps(values.pop("kernels"))
-        return (*values.values(), packed)
+
+class Manifest(_Kept):
+    """What a plugin says of itself; the kernels are packed, as most processes need few of them."""
 
     @staticmethod
     def from_plain(values: tuple[Any, ...]) -> Manifest:
         """Return what `plain` was made of."""
-        made = object.__new__(Manifest)
-        made.__dict__.update(zip(_KEPT, values, strict=True))
-        made.__dict__["requires"] = Requires._make(made.requires)
-        if made.device is not None:
-            made.__dict__["device"] = DeviceEntry._make(made.device)
-        if made.toolchain is not None:
-            made.__dict__["toolchain"] = ToolchainEntry._make(made.toolchain)
-        return made
+        name, version, requires, namespaces, ops, packed, device, toolchain, *more = values
+        return Manifest(
+            name, version, Requires._make(requires), namespaces, ops, packed,
+            device and DeviceEntry._make(device), toolchain and ToolchainEntry._make(toolchain), *more,
+        )  # fmt: skip
 
-    def __getattr__(self, name: str) -> Any:
-        if name != "kernels":
-            raise AttributeError(f"a manifest has no {name!r}")
-        found = tuple(map(KernelEntry._make, marshal.loads(self.__dict__["_packed"])))
-        self.__dict__["kernels"] = found
+    def plain(self) -> tuple[Any, ...]:
+        """Return it as builtins, which `marshal` keeps."""
+        found: tuple[Any, ...] = _plain(self)
         return found
 
-
-_KEPT = (*(one.name for one in fields(Manifest) if one.name != "kernels"), "_packed")
+    @cached_property
+    def kernels(self) -> tuple[KernelEntry, ...]:
+        """The kernels that the plugin has."""
+        return tuple(map(KernelEntry._make, marshal.loads(self.packed)))
 
 
 def _plain(value: Any) -> Any:
@@ -198,7 +198,7 @@ def _manifest(table: _Table) -> Manifest:
         namespaces=table.texts("namespaces", r"[A-Za-z_]\w*", "namespaces such as fast")
         or tuple(dict.fromkeys(op.partition("::")[0] for op in ops)),
         ops=ops,
-        kernels=tuple(_kernel(one, name) for one in table.tables("kernels")),
+        packed=pack(_kernel(one, name) for one in table.tables("kernels")),
         device=_device(table.table("device")) if "device" in table else None,
         toolchain=_toolchain(table.table("toolchain")) if "toolchain" in table else None,
         fork=table.choice("fork", FORKS),

@@ -8,7 +8,7 @@ it in another process, see trial, and is held against the dispatcher of this one
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 # A namespace is a string of its own in the file; names that the compiler made are none.
@@ -36,8 +36,12 @@ def defined_by(path: str, open_library: Callable[[], object]) -> Defined:
     ops = _torch_library.all_operators()
     open_library()
     added = _torch_library.all_operators() - ops
-    free |= {name.partition("::")[0] for name in added}
+    free |= _namespaces(added) - _namespaces(ops)
     return Defined(tuple(sorted(word for word in free if _torch_library.definer(word))), tuple(sorted(added)))
+
+
+def _namespaces(ops: Iterable[str]) -> set[str]:
+    return {name.partition("::")[0] for name in ops}
 
 
 def clashes(namespaces: Sequence[str], ops: Sequence[str]) -> list[str]:

@@ -14,14 +14,14 @@ catalog, so that a file which has not changed is not parsed again.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import opkit_boot
 from opkit import _config
 from opkit.errors import ConfigError, did_you_mean
 from opkit.plugins import store
-from opkit.plugins.discovery import stamp
 
 VARIABLES = {
     "plugins": "OPKIT_PLUGINS",
@@ -39,8 +39,26 @@ class Said(NamedTuple):
     where: str
 
 
-def said(key: str) -> Iterator[Said]:
+Files = Sequence[tuple[str, dict[str, str]]]
+
+
+def files() -> Files:
+    """Return what the project's file and the user's say: where that is, and values as the variables would have them.
+
+    Raises:
+        ConfigError: a file has a key or a value that opkit does not know.
+    """
+    project, user = project_file(), user_file()
+    of_project = [(f"[tool.opkit] of {project}", _texts(project, ("tool", "opkit")))] if project else []
+    return [*of_project, (user, _texts(user, ()))]
+
+
+def said(key: str, where_else: Files | None = None) -> Iterator[Said]:
     """Yield what is said of a key, the most specific first: the variable, the project, the user.
+
+    Args:
+        key: one of `VARIABLES`.
+        where_else: what `files` gave, where it was asked already.
 
     Raises:
         ConfigError: a variable or a file has a value that opkit does not know.
@@ -48,10 +66,9 @@ def said(key: str) -> Iterator[Said]:
     variable = VARIABLES[key]
     if os.environ.get(variable):  # set to nothing is as good as unset
         yield Said(_config.get(variable), variable)
-    for path, table in ((project_file(), ("tool", "opkit")), (user_file(), ())):
-        texts = {} if path is None else _texts(path, table)
+    for file, texts in files() if where_else is None else where_else:
         if key in texts:
-            where = f"{key} in {'[tool.opkit] of ' if table else ''}{path}"
+            where = f"{key} in {file}"
             yield Said(_parse(variable, texts[key], where), where)
 
 
@@ -88,7 +105,7 @@ def _parse(variable: str, text: str, where: str) -> Any:
 
 def _texts(path: str, table: tuple[str, ...]) -> dict[str, str]:
     """Return what a file says, each value as the variable would have it."""
-    now = stamp(path)
+    now = opkit_boot.stamp(path)
     if now is None:
         return {}
     key = ("options", path)

@@ -24,9 +24,10 @@ def apply(states: Sequence[State]) -> None:
     Raises:
         ConfigError: a variable or a file has a value that opkit does not know.
     """
-    denied = [(name, said.where) for said in options.said("plugins-deny") for name in said.value]
-    allowed = next(options.said("plugins"), None)
-    loading = autoload()
+    files = options.files()
+    denied = [(name, said.where) for said in options.said("plugins-deny", files) for name in said.value]
+    allowed = next(options.said("plugins", files), None)
+    loading = autoload(files)
     for state in states:
         _deny(state, denied)
         if state.status == "discovered" and allowed is not None:
@@ -37,9 +38,11 @@ def apply(states: Sequence[State]) -> None:
         _warn_of_unknown(states, allowed)
 
 
-def autoload() -> Said:
+def autoload(files: options.Files | None = None) -> Said:
     """Return which plugins load by themselves: `0`, `ops`, `devices` or `all`."""
-    return next(options.said("autoload"), Said("all", "the default, by which installed plugins are used"))
+    return next(
+        options.said("autoload", files), Said("all", "the default, by which installed plugins are used")
+    )
 
 
 def device() -> Said:

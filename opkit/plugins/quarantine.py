@@ -7,7 +7,7 @@ another file. Whoever next asks finds the file of a process that is gone:
 - With a crash in it, the plugin is quarantined.
 - Without, the process was ended from outside, or ended itself: that is counted once for all that ended
   so at one time, as all ranks of a job do. The second time in a row the plugin is quarantined. So is one that was
-  interrupted for hanging twice in a row. A call that succeeds starts the count anew.
+  interrupted for hanging twice in a row. A call that comes back by itself starts the count anew.
 
 It holds for one version of the plugin, and until `lift`. Nothing here decides what is marked.
 """
@@ -86,7 +86,7 @@ def suspect(name: str, version: str, reason: str, evidence: str = "") -> None:
 
 
 def clear(name: str, version: str) -> None:
-    """Start the count anew: the plugin works."""
+    """Start the count anew: the plugin hurts nobody."""
     file = _file(name, version)
     if os.path.exists(file):
         with records.turn(file), contextlib.suppress(OSError):
@@ -117,7 +117,7 @@ def marked(name: str, version: str, doing: str) -> Iterator[None]:
         records.make(os.path.dirname(file))
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
         with contextlib.suppress(OSError):  # no locks here: then it counts if a crash is written in it
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(fd)
         os.write(fd, json.dumps({"doing": doing, "pid": pid, "time": time.time()}).encode() + b"\n")
     try:
         with _faults_into(fd):
@@ -127,6 +127,15 @@ def marked(name: str, version: str, doing: str) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 os.unlink(file)
             os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    """Lock a new file, which another process may have locked for a moment, to see whether somebody else has."""
+    for _ in range(100):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.001)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opkit.errors import PluginError
-from opkit.plugins import doctor, loader, manifest, requirements, toml
+from opkit.plugins import calls, doctor, loader, manifest, requirements, toml
 from opkit.plugins.discovery import GROUP, Found
 from opkit.plugins.manifest import FILE, Manifest
 from opkit.plugins.registry import Registry
@@ -143,7 +143,7 @@ def _differences(state: State, said: Manifest) -> Iterator[str]:
     registry = Registry(state.found.source)
     if state.found.function:
         try:
-            loader.run(state, registry)
+            calls.entry_point(state, registry)
         except (Exception, SystemExit) as error:
             yield f"calling {state.found.value} raised {describe(error)}"
         registry.close()
@@ -187,7 +187,7 @@ def _of_factory(stand_in: StandIn) -> Iterator[str]:
 
     entry = stand_in.entry
     try:
-        registration = loader.make(stand_in)
+        registration = calls.factory(stand_in)
     except (Exception, SystemExit) as error:
         yield f"its kernel for {entry}: {describe(error)}"
         return

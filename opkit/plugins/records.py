@@ -18,12 +18,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from opkit import _config
+import opkit_boot
 
 
 def path(*parts: str) -> str:
     """Return the path of a file or folder of records, which need not exist."""
-    return os.path.join(os.path.abspath(_config.get("OPKIT_CACHE_DIR")), "plugins", *parts)
+    return os.path.join(opkit_boot.folder(), *parts)
 
 
 def key(*parts: object) -> str:

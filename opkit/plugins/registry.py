@@ -280,6 +280,14 @@ class Registry:
         Raises:
             PluginError: it is wanted and another device has the slot, or torch has something else of that name.
             RegistrationError: the plugin's function has returned, or `probe` is none of these.
+
+        Example:
+            >>> registry = Registry("opkit-opk 1.0 (plugin opk)")
+            >>> registry.register_device(
+            ...     "opk", stub="opkit_opk.stub", loader="opkit_opk.native:load", probe={"file": "/dev/opk0"}
+            ... )
+            >>> registry.devices  # there is no such card here, and none of the modules was imported
+            {'opk': 'its probe does not find the file /dev/opk0'}
         """
         from opkit.plugins import boot
         from opkit.plugins.device import Device, install, owner

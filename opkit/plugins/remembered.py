@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import opkit_boot
 from opkit.plugins import catalog, store
-from opkit.plugins.discovery import Found, Stamp, stamp
-from opkit.plugins.manifest import KernelEntry, Manifest, ToolchainEntry
+from opkit.plugins.discovery import Found, Stamp
+from opkit.plugins.manifest import KernelEntry, Manifest, ToolchainEntry, pack
 from opkit.plugins.registry import Registration, Registry
 from opkit.plugins.state import State
 
@@ -32,15 +34,15 @@ class Record(NamedTuple):
     manifest: tuple[Any, ...]
 
 
-def find(found: Found) -> Manifest | None:
-    """Return what a plugin registered the last time, if that still holds."""
-    kept = store.kept(_key(found))
-    if kept is None:
-        return None
-    record = Record._make(kept)
-    if record.around != _around() or not catalog.unchanged(record.files):
-        return None
-    return Manifest.from_plain(record.manifest)
+def apply(states: Iterable[State]) -> None:
+    """Give plugins without a manifest what they registered the last time, where that still holds."""
+    here = None
+    for state in states:
+        kept = None if state.found.plain is not None else store.kept(_key(state.found))
+        if kept is not None:
+            record, here = Record._make(kept), here or _around()
+            if record.around == here and catalog.unchanged(record.files):
+                state.remembered = Manifest.from_plain(record.manifest)
 
 
 def snapshot() -> Ops:
@@ -70,7 +72,7 @@ def _derive(state: State, registry: Registry, before: Ops) -> Manifest | None:
         name=state.found.name,
         version=state.found.version,
         ops=tuple(sorted(registry.ops)),
-        kernels=tuple(map(_entry, registered)),
+        packed=pack(map(_entry, registered)),
         toolchain=toolchains[0] if toolchains else None,
     )
     return made if made.ops or made.kernels or made.toolchain else None
@@ -115,7 +117,7 @@ def _toolchains(registry: Registry) -> list[ToolchainEntry]:
 
 
 def _key(found: Found) -> tuple[str, ...]:
-    return ("plugin", found.name, found.distribution, found.version, found.value, found.location)
+    return ("plugin", *found[:5])
 
 
 def _around() -> tuple[Any, ...]:
@@ -128,4 +130,4 @@ def _files(found: Found) -> tuple[tuple[str, Stamp], ...]:
     own = found.module.partition(".")[0]
     names = [found.module, *sorted(name for name in sys.modules if name.partition(".")[0] == own)]
     paths = (getattr(sys.modules.get(name), "__file__", None) for name in names)
-    return tuple((path, stamp(path)) for path in list(dict.fromkeys(filter(None, paths)))[:_FILES])
+    return tuple((path, opkit_boot.stamp(path)) for path in list(dict.fromkeys(filter(None, paths)))[:_FILES])

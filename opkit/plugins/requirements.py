@@ -48,13 +48,47 @@ def _unmet(needs: Requires, facts: Facts) -> tuple[str, str, str] | None:
     for what, wanted in ranges.items():
         if not wanted:
             continue
-        from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
+        here = getattr(facts, what) or "0"
         try:
-            # A nightly of torch and a development version of opkit are in the range around them.
-            fits = SpecifierSet(wanted).contains(getattr(facts, what) or "0", prereleases=True)
-        except InvalidSpecifier:
+            fits = _compared(wanted, here)
+            fits = _contains(wanted, here) if fits is None else fits
+        except ValueError:
             return what, "", wanted
         if not fits:
             return what, wanted, getattr(facts, what)
     return None
+
+
+def _compared(wanted: str, here: str) -> bool | None:
+    """Return whether a plain version is in a range of `>=` and `<` with plain versions, or None where it is another.
+
+    Nearly all ranges are that, and importing `packaging` takes longer than everything else of a first start.
+    """
+    version = _release(here.partition("+")[0])
+    bounds = [(clause.strip(), clause.strip().lstrip("<>=")) for clause in wanted.split(",")]
+    releases = [(clause.removesuffix(bound), _release(bound)) for clause, bound in bounds]
+    if not version or any(sign not in (">=", "<") or not bound for sign, bound in releases):
+        return None
+    return all((version >= bound) is (sign == ">=") for sign, bound in releases)
+
+
+def _release(text: str) -> list[int]:
+    """Return the numbers of a version without the zeros at its end, nothing where it has more than numbers."""
+    parts = text.strip().split(".")
+    if not all(part.isdecimal() and part.isascii() for part in parts):
+        return []
+    while len(parts) > 1 and not int(parts[-1]):
+        parts.pop()
+    return list(map(int, parts))
+
+
+def _contains(wanted: str, here: str) -> bool:
+    """Return whether a version is in a range.
+
+    Raises:
+        ValueError: it is none.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    # A nightly of torch and a development version of opkit are in the range around them.
+    return SpecifierSet(wanted).contains(here, prereleases=True)

@@ -9,13 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from opkit.plugins import catalog, children, conflicts, policy, quarantine, remembered, requirements
-from opkit.plugins.conflicts import before as before
-from opkit.plugins.conflicts import ordered as ordered
-from opkit.plugins.conflicts import over as conflict_over
 from opkit.plugins.discovery import Found
 from opkit.plugins.state import State, blame
-
-__all__ = ["before", "conflict_over", "ordered", "resolve"]
 
 
 def resolve(found: Iterable[Found]) -> list[State]:
@@ -30,9 +25,7 @@ def resolve(found: Iterable[Found]) -> list[State]:
         if state.found.problem:
             state.fail(state.found.problem.rstrip("."), _advice(state.found))
     requirements.apply(_left(states))
-    for state in _left(states):
-        if state.found.manifest is None:
-            state.remembered = remembered.find(state.found)
+    remembered.apply(_left(states))
     conflicts.apply(_left(states))
     children.compare(states)
     _leave_out_quarantined(

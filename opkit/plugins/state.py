@@ -47,28 +47,31 @@ class State:
         refusals: those that its last call was not let open.
         wants_ops: whether its ops and kernels are wanted, and not only its device.
         called: whether the entry point's function has been called.
+        has_run: whether code of it has run in this process and come to something.
         reported: whether the user was told of the failure.
     """
 
+    status: Status = "discovered"
+    cause: Cause | Literal[""] = ""
+    rule = ""
+    reason = ""
+    remedy = ""
+    traceback = ""
+    doing = ""
+    registry: Registry | None = None
+    remembered: Manifest | None = None
+    natives: Natives | None = None
+    refusals: Sequence[Refusal] = ()
+    wants_ops = True
+    called = False
+    has_run = False
+    reported = False
+
     def __init__(self, found: Found) -> None:
         self.found = found
-        self.status: Status = "discovered"
-        self.cause: Cause | Literal[""] = ""
-        self.rule = ""
-        self.reason = ""
-        self.remedy = ""
-        self.traceback = ""
         self.notes: list[str] = []
-        self.doing = ""
         self.stand_ins: list[StandIn] = []
         self.registrations: list[Registration] = []
-        self.registry: Registry | None = None
-        self.remembered: Manifest | None = None
-        self.natives: Natives | None = None
-        self.refusals: Sequence[Refusal] = ()
-        self.wants_ops = True
-        self.called = False
-        self.reported = False
         self._threads: list[int] = []
 
     @property
@@ -108,6 +111,12 @@ class State:
     def leave(self) -> None:
         """Note that the call is over."""
         self._threads.remove(threading.get_ident())
+
+    def leave_behind(self, thread: int) -> bool:
+        """Forget the calls of other threads than this one, which a fork has left behind; return whether there were."""
+        stay = [one for one in self._threads if one == thread]
+        were, self._threads = stay != self._threads, stay
+        return were
 
     def reject(self, cause: Cause, *, rule: str, reason: str, remedy: str) -> None:
         """Leave the plugin out."""

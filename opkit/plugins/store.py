@@ -18,9 +18,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from opkit import _config
+import opkit_boot
 
-_FORMAT = 3  # of this file, and of what the catalog and others keep in it
+_FORMAT = 4  # of this file, and of what the catalog and others keep in it
 _FOLDERS = 64  # that are kept, of all those ever seen
 _ANSWERS = 512
 
@@ -33,12 +33,6 @@ class _Content(NamedTuple):
 _content: _Content | None = None
 _changed = _Content({}, {})  # since the file was last written
 _depth = 0
-
-
-def path() -> str:
-    """Return the file of this environment."""
-    environment = f"{sys.prefix}\0{sys.version}".encode()
-    return os.path.join(_config.get("OPKIT_CACHE_DIR"), "plugins", f"catalog-{zlib.crc32(environment):08x}")
 
 
 def folder(name: str) -> tuple[int, bytes] | None:
@@ -90,13 +84,17 @@ def refresh() -> None:
     """Remove the file, and forget what was read of it."""
     forget()
     with contextlib.suppress(OSError):
-        os.unlink(path())
+        os.unlink(_path())
 
 
 def forget() -> None:
     """Forget what this process has read; the file stays."""
     global _content
     _content = None
+
+
+def _path() -> str:
+    return opkit_boot.path("catalog")
 
 
 def _load() -> _Content:
@@ -108,10 +106,7 @@ def _load() -> _Content:
 
 def _read() -> _Content | None:
     try:
-        with open(path(), "rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
-                return None
-            data = file.read()
+        data = memoryview(opkit_boot.read(_path()) or b"")
         if zlib.crc32(data[4:]) != int.from_bytes(data[:4], "little"):
             return None
         form, version, folders, answers = marshal.loads(data[4:])
@@ -136,7 +131,7 @@ def _save(content: _Content) -> None:
     folders = dict(list(content.folders.items())[-_FOLDERS:])
     answers = dict(list(content.answers.items())[-_ANSWERS:])
     data = marshal.dumps((_FORMAT, sys.version, folders, answers))
-    target = path()
+    target = _path()
     unfinished = f"{target}.{os.getpid()}.{os.urandom(4).hex()}"
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)

@@ -130,6 +130,12 @@ def _facts(state: State) -> Iterator[tuple[str, str]]:
         yield "pin", f"{found.name}=={found.version}@sha256:{digest}"
 
 
+_LOADED_BY = (
+    "its library is loaded at the first tensor on it, or by torch.NAME.init(), .Generator(), .Stream() and .Event(); "
+    "torch.Generator('NAME') and its like do not load it, and raise until it is"
+)
+
+
 def _declared(manifest: Manifest) -> Iterator[tuple[str, str]]:
     needs = manifest.requires
     texts = [f"{what} {wanted}" for what, wanted in zip(needs._fields, needs[:3], strict=False) if wanted]
@@ -146,7 +152,8 @@ def _declared(manifest: Manifest) -> Iterator[tuple[str, str]]:
         if names:
             yield what, ", ".join(names)
     if manifest.device is not None:
-        yield "device", manifest.device.name
+        name = manifest.device.name
+        yield "device", f"{name}; {_LOADED_BY.replace('NAME', name)}"
     if manifest.fork == "unsafe":
         yield "fork", "unsafe: once it is loaded, its kernels are left out in forked children"
 

@@ -182,10 +182,14 @@ def compiled(tmp_path):
 def registering(tmp_path):
     """Make a native library that defines a namespace with TORCH_LIBRARY, and return its path."""
 
-    def compile_(namespace: str, definitions: str = 'm.def("f(Tensor x) -> Tensor");') -> str:
+    def compile_(
+        namespace: str, definitions: str = 'm.def("f(Tensor x) -> Tensor");', kind: str = "({}, m)"
+    ) -> str:
         source, library = tmp_path / f"{namespace}.cpp", tmp_path / f"lib{namespace}.so"
         source.write_text(
-            f"#include <torch/csrc/stable/library.h>\nSTABLE_TORCH_LIBRARY({namespace}, m) {{ {definitions} }}\n"
+            "#include <torch/csrc/stable/library.h>\n"
+            "void kernel(StableIValue*, uint64_t, uint64_t) {}\n"
+            f"STABLE_TORCH_LIBRARY{kind.format(namespace)} {{ {definitions} }}\n"
         )
         torch_folder = Path(torch.__file__).parent
         subprocess.run(

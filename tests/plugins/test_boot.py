@@ -54,19 +54,23 @@ def test_a_probe_decides_where_nobody_chose(site):
     assert "OPKIT_DEVICE=tiny" in absent
 
 
+WHY = "import opkit; print(opkit.plugins.why('tiny'))"
+
+
 def test_why_says_what_keeps_a_device_out_whatever_was_looked_at(site):
+    tiny_device.install(site, manifest='ops = ["site::tiny"]\n')
+    kept_out = "its device tiny is not set up: "
+    assert f"{kept_out}it has no probe, and nobody chose it. Choose it: OPKIT_DEVICE=tiny." in site.run(WHY)
+    assert f"{kept_out}torch has not asked for it" in site.run(WHY, OPKIT_DEVICE="tiny")
+    said = site.run(WHY, OPKIT_AUTOLOAD="ops", OPKIT_DEVICE="tiny")
+    assert f"{kept_out}OPKIT_AUTOLOAD turns devices off" in said
+
+
+def test_a_plugin_with_nothing_but_a_device_is_left_out_where_devices_are_off(site):
     tiny_device.install(site)
-    said = site.run("import opkit; print(opkit.plugins.why('tiny'))")
-    assert (
-        "its device tiny is not set up: it has no probe, and nobody chose it. Choose it: OPKIT_DEVICE=tiny."
-        in said
-    )
-    said = site.run("import opkit; print(opkit.plugins.why('tiny'))", OPKIT_DEVICE="tiny")
-    assert "its device tiny is not set up: torch has not asked for it" in said
-    said = site.run(
-        "import opkit; print(opkit.plugins.why('tiny'))", OPKIT_AUTOLOAD="ops", OPKIT_DEVICE="tiny"
-    )
-    assert "its device tiny is not set up: OPKIT_AUTOLOAD turns devices off" in said or "rejected" in said
+    said = site.run(WHY, OPKIT_AUTOLOAD="ops", OPKIT_DEVICE="tiny")
+    assert said.startswith("tiny of tiny 1.0: rejected (policy)")
+    assert "OPKIT_AUTOLOAD turns plugins without ops off" in said
 
 
 def test_a_denied_plugin_is_not_set_up(site):
@@ -94,8 +98,8 @@ def test_a_device_that_is_not_there_is_no_error_of_torch(site):
 
 def test_what_goes_wrong_is_no_error_of_torch(site):
     tiny_device.install(site)
-    assert "ConfigError" in site.run(SAY, OPKIT_DEVICE="two words")
     (site.folder / "tiny" / "opkit-plugin.toml").write_text("schema = 7")
+    assert "ConfigError" in site.run(SAY, OPKIT_DEVICE="two words")
     for _ in range(2):  # also where it is known that no plugin has a device
         assert "PluginError" in site.run(SAY, OPKIT_DEVICE="tiny")
         site.settle()
@@ -147,6 +151,20 @@ def test_installing_and_removing_are_noticed(site):
     assert site.run(SAY, CARD="1").startswith("False")
 
 
+def test_a_project_whose_metadata_a_build_writes_again_is_looked_at_anew(site):
+    tiny_device.install(site, probe=PROBE)
+    info = site.folder / "tiny.egg-info"
+    (site.folder / "tiny-1.0.dist-info").rename(info)
+    (info / "METADATA").rename(info / "PKG-INFO")
+    points = info / "entry_points.txt"
+    content = points.read_text()
+    points.write_text("[other]\nx = y:z\n")
+    site.settle()
+    assert site.run(SAY, CARD="1", OPKIT_DEVICE="").startswith("False")
+    points.write_text(content)
+    assert site.run(SAY, CARD="1").startswith("True")
+
+
 def test_a_device_that_one_process_sees_elsewhere_is_seen_by_others(site, tmp_path):
     tiny_device.install(site)
     site.settle()
@@ -161,7 +179,7 @@ def test_a_damaged_file_is_read_anew(site, monkeypatch, tmp_path):
     monkeypatch.setenv("OPKIT_CACHE_DIR", str(tmp_path))
     (tmp_path / "plugins").mkdir()
     for content in (b"", b"\xff\xff", b"i\x07\x00\x00\x00"):
-        with open(opkit_boot.path(), "wb") as file:
+        with open(opkit_boot.path("devices"), "wb") as file:
             file.write(content)
         assert opkit_boot.installed() is None
 

@@ -11,6 +11,7 @@ import importlib_metadata
 import pytest
 
 import opkit
+import opkit_boot
 from opkit.plugins import catalog, discovery, store
 
 CODE = """
@@ -85,31 +86,48 @@ def test_a_change_within_the_clocks_tick_is_noticed(fresh, reads):
     assert names() == [("one", "1.0"), ("two", "1.0")]
 
 
-def test_a_manifest_and_entry_points_edited_in_place_are_noticed(fresh):
+def project(fresh) -> tuple[Path, Path]:
+    """Put the metadata of `one` beside its code, as a build leaves them; return its manifest and its entry points."""
     fresh.install("one", CODE, manifest="")
+    installed, info = fresh.folder / "one-1.0.dist-info", fresh.folder / "one.egg-info"
+    installed.rename(info)
+    (info / "METADATA").rename(info / "PKG-INFO")
+    return fresh.folder / "one" / "opkit-plugin.toml", info / "entry_points.txt"
+
+
+def test_a_manifest_and_entry_points_of_a_project_edited_in_place_are_noticed(fresh):
+    manifest, points = project(fresh)
     assert settled(fresh) == [("one", "1.0")]
+    manifest.write_text(manifest.read_text() + 'ops = ["site::new"]\n')
+    names()
+    assert catalog.installed()[0].manifest.ops == ("site::new",)
+    points.write_text(points.read_text() + "also = one:register\n")
+    assert [name for name, _ in names()] == ["also", "one"]
+    manifest.unlink()
+    assert [name for name, _ in names()] == ["also", "one"]
+    assert catalog.installed()[0].manifest is None
+
+
+def test_a_manifest_that_a_project_gets_later_is_noticed(fresh):
+    manifest, _ = project(fresh)
+    content = manifest.read_text()
+    manifest.unlink()
+    settled(fresh)
+    assert catalog.installed()[0].manifest is None
+    manifest.write_text(content)
+    names()
+    assert catalog.installed()[0].manifest is not None
+
+
+def test_what_is_edited_where_an_installer_has_put_it_is_found_by_refresh(fresh):
+    fresh.install("one", CODE, manifest="")
+    settled(fresh)
     path = fresh.folder / "one" / "opkit-plugin.toml"
     path.write_text(path.read_text() + 'ops = ["site::new"]\n')
     names()
+    assert catalog.installed()[0].manifest.ops == ()
+    catalog.refresh()
     assert catalog.installed()[0].manifest.ops == ("site::new",)
-    points = fresh.folder / "one-1.0.dist-info" / "entry_points.txt"
-    points.write_text(points.read_text() + "also = one:register\n")
-    assert [name for name, _ in names()] == ["also", "one"]
-    path.unlink()
-    assert [name for name, _ in names()] == ["also", "one"]
-    assert catalog.installed()[0].manifest is None
-
-
-def test_a_manifest_that_comes_later_is_noticed(fresh):
-    fresh.install("one", CODE, manifest="")
-    path = fresh.folder / "one" / "opkit-plugin.toml"
-    content = path.read_text()
-    path.unlink()
-    settled(fresh)
-    assert catalog.installed()[0].manifest is None
-    path.write_text(content)
-    names()
-    assert catalog.installed()[0].manifest is not None
 
 
 def editable(fresh, tmp_path, monkeypatch, how):
@@ -214,7 +232,7 @@ DAMAGE = {
 def test_a_damaged_catalog_is_written_anew(fresh, reads, damage):
     fresh.install("one", CODE)
     settled(fresh)
-    path = Path(store.path())
+    path = Path(opkit_boot.path("catalog"))
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     reads.clear()
     assert names() == [("one", "1.0")]

@@ -67,6 +67,25 @@ def test_what_needs_the_library_loads_it(tiny, use):
     assert run(tiny, code).splitlines()[-1] == "True"
 
 
+def test_what_torch_makes_without_asking_raises_until_the_library_is_loaded_and_why_says_so(tiny):
+    code = """
+        import torch
+        for make in (torch.Generator, torch.Stream, torch.Event):
+            try: make(device="tiny")
+            except RuntimeError as error: print("raised")
+        print(torch.tiny.is_initialized(), torch.empty(2, device="tiny").device, torch.tiny.is_initialized())
+        import opkit
+        print(opkit.plugins.why("tiny"))
+    """
+    lines = run(tiny, code).splitlines()
+    assert [line for line in lines if line == "raised"] == ["raised"] * 3
+    assert "False tiny:0 True" in lines
+    assert (
+        "  device: tiny; its library is loaded at the first tensor on it, or by torch.tiny.init(), .Generator(), "
+        ".Stream() and .Event(); torch.Generator('tiny') and its like do not load it, and raise until it is"
+    ) in lines
+
+
 def test_a_broken_library_is_said_at_each_use_and_torch_works(site):
     tiny_device.install(site, native="raise ImportError('libtiny.so.3: no such file')")
     said = run(
@@ -140,6 +159,50 @@ def test_a_failure_is_kept():
     assert "raised SystemExit: no licence" in str(found.value)
     assert "`opkit plugins why opk` shows more" in str(found.value)
     assert loads == [1]
+
+
+def test_a_device_that_does_not_survive_a_fork_is_left_out_of_the_child(site):
+    tiny_device.install(site, manifest="fork = 'unsafe'\n")
+    code = """
+        import os, torch
+        torch.tiny.init()
+        import opkit
+        if os.fork() == 0:
+            print(opkit.plugins.why("tiny"), flush=True)
+            os._exit(0)
+        os.wait()
+        print(opkit.plugins.list()[0].status != "failed")
+    """
+    said = run(site, code)
+    assert "what happened: it was loaded before this process was forked, which it does not survive" in said
+    assert said.endswith("True\n")
+
+
+def test_a_child_that_is_forked_while_the_library_loads_says_so(site):
+    slow = tiny_device.NATIVE.replace('print("library")', "sys.slow = True; import time; time.sleep(1)")
+    tiny_device.install(site, native=slow)
+    code = """
+        import os, sys, threading, time, torch
+        from opkit.plugins import forks
+        forks.PATIENCE = 0.1
+        thread = threading.Thread(target=torch.tiny.init)
+        thread.start()
+        while not hasattr(sys, "slow"): time.sleep(0.01)
+        if os.fork() == 0:
+            for use in (torch.tiny.init, lambda: torch.tiny.memory(), lambda: torch.empty(1, device="tiny")):
+                try: use()
+                except RuntimeError as error: print(error, flush=True)
+            os._exit(0)
+        os.wait()
+        thread.join()
+        print(torch.empty(2, device="tiny").device)
+    """
+    *children, parent = run(site, code).splitlines()
+    failure = (
+        "loading its library raised RuntimeError: another thread was doing so when this process was forked"
+    )
+    assert [failure in line for line in children if line != "stub"] == [True] * 3
+    assert parent == "tiny:0"
 
 
 def test_a_seed_is_not_taken_for_a_library_that_takes_none():

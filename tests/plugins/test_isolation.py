@@ -148,6 +148,13 @@ def test_hanging_twice_in_a_row_quarantines(subject):
     assert "test_isolation.py" in found.evidence
 
 
+def test_a_call_that_raises_has_come_back_and_the_count_starts_anew(subject):
+    for _ in range(3):
+        quarantine.suspect("fast", "1.0", "it ended the process")
+        isolation.call(subject, "loading fast", lambda: 1 / 0)
+    assert quarantine.find("fast", "1.0") is None
+
+
 @pytest.mark.parametrize("outcome", ["crashed", "hung"])
 def test_a_library_that_does_harm_quarantines_who_cannot_do_without(subject, compiled, monkeypatch, outcome):
     library = compiled("int it(void) { return 1; }")

@@ -8,7 +8,7 @@ import pytest
 
 from opkit.errors import PluginError
 from opkit.plugins import manifest
-from opkit.plugins.manifest import DeviceEntry, KernelEntry, Manifest, Requires, ToolchainEntry, parse
+from opkit.plugins.manifest import DeviceEntry, KernelEntry, Manifest, Requires, ToolchainEntry, pack, parse
 from tests.plugins import tiny_device
 
 HEAD = 'schema = 1\nname = "fast"\nversion = "1.2.0"\n'
@@ -60,20 +60,24 @@ suffixes = [".fast"]
 )
 
 
+KERNELS = (
+    KernelEntry(
+        "opkit::rms_norm", "cpu", "fast", ("float32", "float64"), "opkit_fast.norm:kernel",
+        "opkit_fast.norm:takes", -1, ("deterministic",), (("x", "y"),),
+    ),
+    KernelEntry("opkit::swiglu", "cuda", "other", inplace=("gate",)),
+)  # fmt: skip
+
+
 def test_everything_that_schema_1_has():
+    assert parse(FULL, "here").kernels == KERNELS
     assert parse(FULL, "here") == Manifest(
         name="fast",
         version="1.2.0",
         requires=Requires(">=2.11,<2.16", ">=0.1", ">=3.10", ("linux-*",)),
         namespaces=("fast", "other"),
         ops=("fast::scale", "other::scale"),
-        kernels=(
-            KernelEntry(
-                "opkit::rms_norm", "cpu", "fast", ("float32", "float64"), "opkit_fast.norm:kernel",
-                "opkit_fast.norm:takes", -1, ("deterministic",), (("x", "y"),),
-            ),
-            KernelEntry("opkit::swiglu", "cuda", "other", inplace=("gate",)),
-        ),
+        packed=pack(KERNELS),
         device=DeviceEntry(
             "opk", "opkit_fast.stub", "opkit_fast.native:load",
             (("file", "/dev/opk0"), ("file", "/dev/opk1"), ("variable", "OPK_HOME")),

@@ -21,6 +21,20 @@ def test_a_namespace_without_operators_is_found(registering):
     assert (found.namespaces, found.ops) == (("site_empty",), ())
 
 
+def test_a_kernel_of_an_op_that_is_to_come_defines_nothing(registering):
+    library = registering("site_later", 'm.impl("f", &kernel);', "_IMPL({}, CPU, m)")
+    found = trial.of(library, plugin="fast")
+    assert (found.outcome, found.namespaces, found.ops) == ("passed", (), ())
+    torch.ops.load_library(library)
+    assert namespaces.clashes(["site_later"], ["site_later::f"]) == []  # who defines it still may
+
+
+def test_ops_in_a_namespace_of_others_do_not_take_it(registering):
+    library = registering("site_added", 'm.def("site_added(Tensor x) -> Tensor");', "_FRAGMENT(aten, m)")
+    found = trial.of(library, plugin="fast")
+    assert (found.namespaces, found.ops) == ((), ("aten::site_added",))
+
+
 def test_what_is_defined_already_is_named_with_its_place():
     library = torch.library.Library("site_taken", "DEF")
     library.define("f(Tensor x) -> Tensor")

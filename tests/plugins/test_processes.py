@@ -158,26 +158,51 @@ def test_what_was_loaded_before_a_fork_and_does_not_survive_it_is_left_out(site,
         )
 
 
-def test_a_fork_while_another_thread_loads_leaves_the_child_usable(site):
-    site.install(
-        "slow",
-        "import time\ndef register(registry):\n    global called\n    called = True\n    time.sleep(1)\n",
-    )
-    printed = site.run("""
-        import os, signal, sys, threading, time
-        import opkit, torch
-        thread = threading.Thread(target=opkit.list_ops)
-        thread.start()
-        while not hasattr(sys.modules.get("slow"), "called"):
-            time.sleep(0.01)
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(60)
-            opkit.list_ops()
-            print([p.status for p in opkit.plugins.list()], flush=True)
-            os._exit(0)
-        print(os.waitpid(pid, 0)[1])
-        thread.join()
-    """)
-    assert printed == "['loaded']\n0\n"
+SLOW = {
+    "importing": "import sys, time\nsys.slow = True\ntime.sleep(1)\ndef register(registry): ...\n",
+    "calling": "import sys, time\ndef register(registry):\n    sys.slow = True\n    time.sleep(1)\n",
+}
+FORK = """
+    import os, signal, sys, threading, time
+    import opkit, torch
+    from opkit.plugins import forks
+    {before}
+    thread = threading.Thread(target=opkit.list_ops)
+    thread.start()
+    while not hasattr(sys, "slow"):
+        time.sleep(0.01)
+    begun = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        opkit.list_ops()
+        print([p.status for p in opkit.plugins.list()], opkit.plugins.why("slow"), flush=True)
+        os._exit(0)
+    print(os.waitpid(pid, 0)[1])
+    thread.join()
+    print([p.status for p in opkit.plugins.list()])
+    pid = os.fork()  # the lock is free again, on both sides
+    if pid == 0:
+        threading.Thread(target=opkit.list_ops).start()
+        os._exit(0)
+    print(os.waitpid(pid, 0)[1])
+"""
+
+
+@pytest.mark.parametrize("doing", SLOW)
+def test_a_fork_waits_for_a_plugin_that_another_thread_loads(site, doing):
+    site.install("slow", SLOW[doing])
+    printed = site.run(FORK.format(before="")).splitlines()
+    assert printed[0].startswith("['loaded'] slow of slow 1.0: loaded")
+    assert printed[-3:] == ["0", "['loaded']", "0"]
     assert os.environ.get("OPKIT_PLUGINS_PARENT") is None
+
+
+@pytest.mark.parametrize("doing", SLOW)
+def test_a_child_that_is_forked_all_the_same_does_without_the_plugin(site, doing):
+    site.install("slow", SLOW[doing])
+    printed = site.run(FORK.format(before="forks.PATIENCE = 0.1"), PYTHONWARNINGS="ignore")
+    assert printed.startswith("['failed'] slow of slow 1.0: failed")
+    assert f"another thread was {doing} slow:register when this process was forked" in printed
+    assert "Start the process with spawn or forkserver" in printed
+    assert printed.splitlines()[-3:] == ["0", "['loaded']", "0"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -114,6 +116,25 @@ def test_a_call_that_goes_on_or_raises_is_no_crash():
     assert marks() == []
     assert process("sys.exit(3)") == 3
     assert quarantine.find("fast", "1.0") is None
+
+
+def test_a_call_that_begins_while_another_process_looks_is_not_taken_for_one_that_ended(monkeypatch):
+    flock, looks = fcntl.flock, []
+
+    def looked_at(fd, how):
+        if not looks:  # as another process does, which has opened the file just now
+            other = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+            flock(other, fcntl.LOCK_EX)
+            looks.append(threading.Timer(0.02, os.close, [other]))
+            looks[0].start()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", looked_at)
+    with quarantine.marked("fast", "1.0", "loading fast"):
+        looks[0].join()
+        assert quarantine.find("fast", "1.0") is None
+        assert len(marks()) == 1
+    assert not quarantine.lift("fast")  # nothing was counted
 
 
 def test_the_innermost_of_calls_within_calls_is_to_blame():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 
 import opkit
 from opkit.errors import PluginError
@@ -33,6 +34,38 @@ PYTHON = ".".join(map(str, sys.version_info[:3]))
 )  # fmt: skip
 def test_ranges_are_compared_with_what_is_here(needs, unmet):
     assert requirements._unmet(needs, HERE) == unmet
+
+
+RANGES = (
+    ">=2.11",
+    "<2.13",
+    ">=2.13.0",
+    "<2.13.0",
+    ">= 2.9, < 3",
+    ">=2.13.1",
+    "<2.13.1",
+    ">=2.11,<2.13",
+    "<3,>=2",
+    ">=2.10",
+)
+OTHERS = ("~=2.13", "<=2.13", ">2", "==2.13.*", "!=2.13.0", ">=2.13.0a1", ">=2.13,", "===2.13.0")
+VERSIONS = ("2.13.0", "2.13.0+cpu", "2.13", "2.9", "3.0.0", "2.13.1", "2.10.0", "2.100")
+
+
+@pytest.mark.parametrize("wanted", RANGES)
+def test_plain_ranges_are_compared_as_packaging_does(wanted):
+    for version in VERSIONS:
+        assert requirements._compared(wanted, version) is SpecifierSet(wanted).contains(version), version
+    for version in ("2.13.0.dev1", "2.13.0rc1", "1!2.0", "2.13.0.post1"):
+        assert requirements._compared(wanted, version) is None
+
+
+@pytest.mark.parametrize("wanted", OTHERS)
+def test_other_ranges_are_left_to_packaging(wanted):
+    assert requirements._compared(wanted, "2.13.0") is None
+    assert (requirements._unmet(Requires(torch=wanted), HERE) is None) is SpecifierSet(wanted).contains(
+        HERE.torch
+    )
 
 
 def test_a_nightly_is_in_the_range_around_it():
@@ -92,7 +125,7 @@ def test_strict_makes_it_an_error(fresh, monkeypatch):
 
 def test_the_verdict_is_kept_and_packaging_is_imported_only_to_find_it(site):
     site.folder.mkdir()
-    site.install("fast", "", manifest='[requires]\ntorch = ">=2"\nopkit = ">=0.0"\n')
+    site.install("fast", "", manifest='[requires]\ntorch = "~=2.0"\nopkit = ">=0.0"\n')
     code = """
         import sys, opkit
         print(opkit.plugins.list()[0].status, "packaging" in sys.modules, "opkit.plugins.toml" in sys.modules)

@@ -122,8 +122,8 @@ def test_a_profile_shows_the_device():
         x.mm(x).cpu()
     events = found.events()
     assert {"aten::mm", "aten::_to_copy"} <= {event.name for event in events}
-    times = [average.device_time_total for average in found.key_averages()]
-    assert sum(times) > 0
+    if torch.__version__ >= "2.12":  # before, torch has no interface for spans of such a device
+        assert sum(average.device_time_total for average in found.key_averages()) > 0
 
 
 def test_a_generator_of_another_device_is_used_as_it_is():
