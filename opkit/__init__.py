@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from opkit._registry import find as find
     from opkit._registry import get as get
     from opkit._registry import list_ops as list_ops
+    from opkit._tune import tune as tune
     from opkit.dispatch.preference import require as require
     from opkit.dispatch.preference import use_backend as use_backend
     from opkit.dispatch.select import Explanation as Explanation
@@ -80,6 +81,7 @@ _LAZY = {
     "prepare": "opkit._prepare",
     "require": "opkit.dispatch.preference",
     "testing": "",
+    "tune": "opkit._tune",
     "use_backend": "opkit.dispatch.preference",
 }
 

@@ -42,7 +42,8 @@ class freeze:  # noqa: N801  (named like torch.set_grad_enabled: it acts when ca
     Calls like those that `opkit.prepare` made, or that were made until now, go on; others raise, before anything
     happens, and name the op, its arguments and the line that prepares them. What counts is the kernel: a call whose
     device, dtype (of the first tensor) and preference (`use_backend`, `require`) were seen may be of any shape,
-    unless a condition (`when=`) or a kernel registered meanwhile has it run a kernel that was not selected for them.
+    unless a condition (`when=`), what was measured of its size (`opkit.tune`), or a kernel registered meanwhile has it
+    run a kernel that was not selected for them.
 
     It holds for the whole process, all threads and compiled functions included, until it is called again, or to the
     end of the `with`. OPKIT_FROZEN=1 (or `warn`) says the same from the start; what is said here counts more.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from opkit import _frozen, _registry
+from opkit import _cases, _frozen
+from opkit._cases import Case
 from opkit._frozen import Event
 from opkit._op import Op
 from opkit.cpp.light import Source
@@ -120,17 +120,17 @@ def prepare(
             if own is None:
                 records += [_load(owner, kernel) for owner, kernel in _natives(op, device)]
             else:
-                for args, kwargs in own:
-                    records += _call(op, args, kwargs)
+                for case in own:
+                    records += _call(op, case)
     return Preparation(tuple(dict.fromkeys(records)), time.perf_counter() - begun)
 
 
 # ---------------------------------------------------------------- what is asked for
 
 
-def _wanted(ops: Any, cases: Any) -> list[tuple[Op[..., Any], list[tuple[Any, Any]] | None]]:
+def _wanted(ops: Any, cases: Any) -> list[tuple[Op[..., Any], list[Case] | None]]:
     one = isinstance(ops, (Op, str))
-    found = [_resolve(op) for op in ((ops,) if one else ops)]
+    found = [_cases.resolve(op, "preparing") for op in ((ops,) if one else ops)]
     if cases is None:
         return [(op, None) for op in found]
     if not isinstance(cases, Mapping):
@@ -139,8 +139,8 @@ def _wanted(ops: Any, cases: Any) -> list[tuple[Op[..., Any], list[tuple[Any, An
                 f"preparing {', '.join(op.name for op in found) or 'no op'}: found {len(found)} ops, and cases that "
                 "do not say whose they are; expected a mapping from ops to cases. Write {op: [(x, y)]}."
             )
-        return [(found[0], [_case(found[0], case) for case in _listed(found[0], cases)])]
-    by_op = {_resolve(op): own for op, own in cases.items()}
+        return [(found[0], _cases.listed(found[0], cases, "preparing"))]
+    by_op = {_cases.resolve(op, "preparing"): own for op, own in cases.items()}
     for op in by_op:
         if op not in found:
             raise ArgumentError(
@@ -148,44 +148,7 @@ def _wanted(ops: Any, cases: Any) -> list[tuple[Op[..., Any], list[tuple[Any, An
                 "for the ops that are named. Name it in ops, too, or leave its cases out.",
                 op=op.name,
             )
-    return [
-        (op, [_case(op, case) for case in _listed(op, by_op[op])] if op in by_op else None) for op in found
-    ]
-
-
-def _resolve(op: Any) -> Op[..., Any]:
-    if isinstance(op, Op):
-        return op
-    if isinstance(op, str):
-        return _registry.get(op)
-    raise ArgumentError(
-        f"preparing ops: found {op!r}; expected ops or names of ops. Pass what @opkit.op made, or 'demo::f'."
-    )
-
-
-def _listed(op: Op[..., Any], cases: Any) -> list[Any]:
-    if isinstance(cases, (str, Tensor)) or not isinstance(cases, Iterable):
-        raise _wrong_case(op, "cases", cases)
-    return list(cases)
-
-
-def _case(op: Op[..., Any], case: Any) -> tuple[Any, Any]:
-    """Return a case as (args, kwargs)."""
-    if not isinstance(case, (tuple, list)):
-        raise _wrong_case(op, "a case", case)
-    args, kwargs = case, {}
-    if len(case) == 2 and isinstance(case[0], (tuple, list)) and isinstance(case[1], Mapping):
-        args, kwargs = case
-    return tuple(args), dict(kwargs)
-
-
-def _wrong_case(op: Op[..., Any], what: str, found: Any) -> ArgumentError:
-    names = ", ".join(p.name for p in op.schema.positional) + "," * (len(op.schema.positional) == 1)
-    return ArgumentError(
-        f"preparing {op.name}: {what} is of type {type(found).__name__}; expected a list of tuples of arguments. "
-        f"Write [({names})], or [(args, kwargs)].",
-        op=op.name,
-    )
+    return [(op, _cases.listed(op, by_op[op], "preparing") if op in by_op else None) for op in found]
 
 
 # ---------------------------------------------------------------- doing it
@@ -235,20 +198,13 @@ def _is_here(device: str) -> bool:
     return True
 
 
-def _call(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Prepared]:
+def _call(op: Op[..., Any], case: Case) -> list[Prepared]:
     """Call an op with copies of what it overwrites, and differentiate it where that is asked for."""
     schema = op.schema
-    values = schema.fill(args, kwargs)
-    for tensor in tensors(values):
-        if tensor.device.type == "meta":
-            raise ArgumentError(
-                f"preparing {op.name}: a case has a tensor on the device 'meta'; expected one with data, as the op is "
-                "called with it. Use zeros of the same shape: torch.zeros(shape).",
-                op=op.name,
-            )
+    values = _cases.fill(op, case, "preparing")
     arguments = frozen.describe(schema, values)
-    runs = select.explain(op._table, schema.fill(*schema.carry(args, kwargs))).selected or ""
-    given = [_own(v, copy=p.mutated) for p, v in zip(schema.params, values, strict=True)]
+    runs = select.explain(op._table, schema.fill(*schema.carry(*case))).selected or ""
+    given = _cases.own(op, values)
     positional, named = schema.split(given)
     events: list[Event] = []
     devices = sorted({t.get_device() for t in tensors(values) if t.is_cuda})
@@ -261,19 +217,6 @@ def _call(op: Op[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
                 grads = [torch.zeros_like(o) for o in outputs]
                 torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
     return _records(op.name, runs, arguments, events)
-
-
-def _own(value: Any, *, copy: bool) -> Any:
-    """Return an argument that the caller does not see again."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_own(v, copy=copy) for v in value) if tensors([value]) else value
-    if not isinstance(value, Tensor):
-        return value
-    own = value.detach().clone() if copy else value.detach()
-    if value.requires_grad:
-        own.requires_grad_()
-        return own.clone() if copy and not value.is_leaf else own
-    return own
 
 
 def _records(name: str, runs: str, arguments: str, events: list[Event]) -> list[Prepared]:

@@ -101,8 +101,8 @@ class VmapError(OpkitError, RuntimeError):
 class FrozenError(OpkitError, RuntimeError):
     """You made a call that was not prepared, after `opkit.freeze()` or while a CUDA graph is captured.
 
-    `would` says what it would do: `build`, `load`, `load a plugin` or `select`; `prepare` is the line of code that
-    prepares for it, None where no call is concerned.
+    `would` says what it would do: `build`, `load`, `load a plugin`, `select` or `tune`; `prepare` is the line of code
+    that prepares for it, None where no call is concerned.
     """
 
     def __init__(

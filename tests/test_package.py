@@ -113,7 +113,7 @@ def test_unknown_name_raises_attribute_error():
 
 RANKS = (
     ("__main__",), ("cli",), ("testing.plugin",), ("plugins",), ("bench", "testing"),
-    ("_prepare",), ("_adopt",), ("_declare",), ("_make",), ("_op",),
+    ("_prepare", "_tune"), ("_cases",), ("_adopt",), ("_declare",), ("_make",), ("_op",),
     ("_kernels", "_rules", "_variants"), ("_compiled", "_inline"), ("_registry",),
     ("transforms",), ("dispatch",), ("cpp",),
     ("spec",), ("_frozen",), ("_torch_library",), ("_torch", "_torch_build", "_torch_compile", "_torch_device"),

@@ -6,6 +6,7 @@
                      /locks/                  who builds what, see _turn
                      /live/                   what live processes hold, see _live
                      /size                    of all of lib/, about, see tidy
+                     /tuned/                  what was measured of ops, see dispatch/measured
 
 A name is a label and a key, which the caller computes from content. What a library depends on beside
 that is in its manifest, and libraries that differ only there are variants of one name.

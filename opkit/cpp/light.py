@@ -59,6 +59,11 @@ class Source:
         """The backend that such source is registered under when nothing else is said."""
         return self.toolchain.name
 
+    def identity(self) -> str:
+        """Return what tells it from edited source: its own text and flags; headers are left out."""
+        flags = self.extra_cflags, self.extra_cuda_cflags, self.extra_ldflags
+        return cache.digest(self._read(), self.symbol, self.toolchain.name, self.tier, flags)
+
     def unavailable(self) -> str | None:
         """Return why it cannot be built on this machine, or None."""
         if not sys.platform.startswith("linux"):

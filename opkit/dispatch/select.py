@@ -14,7 +14,8 @@ import torch
 
 from opkit import _sources as sources
 from opkit.cpp.light import Source
-from opkit.dispatch import frozen, preference
+from opkit.dispatch import frozen, measured, preference
+from opkit.dispatch.measured import Verdict
 from opkit.dispatch.preference import Preference
 from opkit.dispatch.table import REFERENCE, Kernel, KernelTable
 from opkit.errors import NoKernelError, warn
@@ -69,9 +70,13 @@ def device_of(schema: Schema, values: Sequence[Any]) -> str:
     return torch.get_default_device().type
 
 
-def ranked(table: KernelTable, device: str, wanted: Preference) -> list[Kernel]:
-    """Return the kernels for a device: preferred backends first, then by priority, then by name."""
+def ranked(
+    table: KernelTable, device: str, wanted: Preference, verdict: Verdict = measured.UNKNOWN
+) -> list[Kernel]:
+    """Return the kernels for a device: preferred backends, then the one measured fastest, then by priority and name."""
     kernels = table.for_device(device)
+    if verdict.winner is not None:
+        kernels.sort(key=lambda k: k.backend != verdict.winner)
     if wanted.names:
         place = {name: i for i, name in enumerate(wanted.names)}
         kernels.sort(key=lambda k: place.get(k.backend, len(place)))
@@ -99,20 +104,27 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
     decided = choices.get(key)
     if decided is not None:
         return decided
-    device = key[0]
+    kind, device = key, key[0]
+    verdict = measured.UNKNOWN
+    if known := table.measured(device):
+        key = (*kind, measured.bucket_of(values))
+        if (decided := choices.get(key)) is not None:
+            return decided
+        verdict = known.verdict(kind[1], key[3], table.for_device(device))
     rejected: list[tuple[Kernel, str]] = []
     lasting = True  # until a kernel is asked whose answer depends on more than the key
-    for kernel in ranked(table, device, wanted):
+    for kernel in ranked(table, device, wanted, verdict):
         lasting = lasting and kernel.when is None
         reason = _reject(kernel, table, values, wanted, ask=True)
         if reason is None:
             if kernel.fetch is not None:
                 frozen.fetch(table.schema, values, kernel.fetch)
                 return choose(table, values)
-            kind = (*key[:2], wanted._replace(inline=())) if wanted.inline else key
+            if wanted.inline:
+                kind = (*kind[:2], wanted._replace(inline=()))
             if kernel not in table.selected.get(kind, ()):
                 frozen.select(table, kind, kernel, values, rejected)
-            if kernel.backend == REFERENCE and REFERENCE not in (wanted.names or ()):
+            if kernel.backend == REFERENCE and REFERENCE not in (*(wanted.names or ()), verdict.winner):
                 _warn_of_fallback(table, device, rejected)
             if lasting:
                 choices[key] = kernel
@@ -163,11 +175,15 @@ def _kind(table: KernelTable, values: Sequence[Any], wanted: Preference) -> tupl
 
 def is_decided(table: KernelTable, values: Sequence[Any]) -> bool:
     """Whether all calls of this kind run the kernel that `choose` has returned for one."""
-    return _kind(table, values, wanted_now()) in table.decided
+    kind = _kind(table, values, wanted_now())
+    return ((*kind, measured.bucket_of(values)) if table.measured(kind[0]) else kind) in table.decided
 
 
 def foreseen(table: KernelTable, device: str, dtype: torch.dtype | None) -> Kernel:
-    """Return the kernel that a call will run which is being traced; conditions (`when=`) are taken to hold."""
+    """Return the kernel that a call will run which is being traced.
+
+    Conditions (`when=`) are taken to hold, and nothing to be measured: both depend on what is not known then.
+    """
     sources.consult_for_kernels()
     wanted = wanted_now()
     for kernel in ranked(table, device, wanted):
@@ -182,9 +198,11 @@ def explain(table: KernelTable, values: Sequence[Any]) -> Explanation:
     sources.consult_for_kernels()
     device = device_of(table.schema, values)
     wanted = wanted_now()
+    found = table.measured(device)
+    verdict = found.verdict(first_dtype(values), measured.bucket_of(values), table.for_device(device))
     candidates: list[Candidate] = []
     selected = False
-    for kernel in ranked(table, device, wanted):
+    for kernel in ranked(table, device, wanted, verdict):
         reason = _reject(kernel, table, values, wanted, ask=True)
         if reason is not None:
             status = "rejected"
@@ -194,7 +212,7 @@ def explain(table: KernelTable, values: Sequence[Any]) -> Explanation:
             frozen.fetch(table.schema, values, kernel.fetch)
             return explain(table, values)
         else:
-            selected, status, reason = True, "selected", _why(kernel, wanted)
+            selected, status, reason = True, "selected", _why(kernel, wanted, verdict)
         candidates.append(Candidate(kernel.backend, kernel.device, kernel.source, status, reason))
     return Explanation(table.schema.name, device, tuple(candidates))
 
@@ -210,11 +228,15 @@ def listing(table: KernelTable) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
-def _why(kernel: Kernel, wanted: Preference) -> str:
+def _why(kernel: Kernel, wanted: Preference, verdict: Verdict) -> str:
     if wanted.names and kernel.backend in wanted.names:
         why = f"preferred ({', '.join(wanted.names)})"
+    elif kernel.backend == verdict.winner:
+        why = verdict.reason
     else:
         why = "last fallback" if kernel.backend == REFERENCE else f"priority {kernel.priority}"
+        said = f"{verdict.winner} was measured fastest" if verdict.winner else verdict.reason
+        why += f" ({said})" if said else ""
     return f"{why}, {', '.join(wanted.required)}" if wanted.required else why
 
 

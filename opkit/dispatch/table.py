@@ -5,6 +5,7 @@ Responsible for keeping kernels; choosing one is `select`, running it is `run`.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ import torch
 from opkit import _torch_device
 from opkit.cpp.light import Source
 from opkit.dispatch import inplace as inplaces
-from opkit.dispatch import native, preference
+from opkit.dispatch import measured, native, preference
 from opkit.dispatch.inplace import Inplace
+from opkit.dispatch.measured import Measured
 from opkit.errors import RegistrationError, did_you_mean, warn
 from opkit.spec.plan import Plan
 from opkit.spec.schema import Schema, check_signature, describe
@@ -52,6 +54,7 @@ class Kernel:
     properties: tuple[str, ...] = ()
     inplace: Inplace = ()
     fetch: Fetch | None = None
+    stated: bool = False  # `source` is what the one who registers it said
     _slots: list[list[Any]] = field(default_factory=lambda: [[]], repr=False)
 
     def slot(self) -> list[Any]:
@@ -63,6 +66,14 @@ class Kernel:
         self._slots[0] = []
         native.choose_anew()
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """What tells its code from another one's, in any process; of a plugin's kernel, which version that has."""
+        if self.stated:
+            return self.source
+        function = self.function
+        return function.identity() if isinstance(function, Source) else measured.identity(function)
+
 
 class KernelTable:
     """The kernels of one op, keyed by device and backend, and the choices already made among them."""
@@ -73,6 +84,7 @@ class KernelTable:
         self.quiet = False  # whether running the reference needs no warning
         self._kernels: dict[tuple[str, str], Kernel] = {}
         self.decided: dict[Any, Kernel] = {}
+        self._measured: dict[str, Measured] = {}
         # What ran for each kind of call, by device, dtype and preference, and what may run for any: see `frozen`.
         self.selected: dict[Any, set[Kernel]] = {}
         self.prepared: set[Kernel] = set()
@@ -106,6 +118,23 @@ class KernelTable:
         """Forget the choices made."""
         self.decided = {}  # not cleared: a choice that is being made now goes to the old one
         native.choose_anew()
+
+    def measured(self, device: str) -> Measured:
+        """Return what was measured of the op on this machine; it is read when it is first asked for."""
+        found = self._measured.get(device)
+        if found is None:
+            self._measured[device] = Measured()  # if reading it warns, and warnings are errors
+            found = self._measured[device] = measured.read(self.schema.name, device)
+        return found
+
+    def is_measured(self) -> bool:
+        """Whether choices depend on the size of calls, for some device."""
+        return any(self._measured.values())
+
+    def measure_anew(self) -> None:
+        """Forget what was measured, and the choices made by it: both are in the cache, or gone from it."""
+        self._measured = {}
+        self.reconsider()
 
     def has_kernels(self) -> bool:
         """Whether there is any beside the reference; plugins are not asked."""
@@ -222,4 +251,6 @@ def make_kernel(
     if not isinstance(function, Source):
         function = schema.adapt(function)
     condition = when and schema.adapt(when)
-    return Kernel(backend, device, function, dtypes, condition, priority, where, stated, reused)
+    return Kernel(
+        backend, device, function, dtypes, condition, priority, where, stated, reused, stated=source is not None
+    )  # fmt: skip

@@ -146,12 +146,15 @@ class Path:
 
     # ---------------------------------------------------------------- what the core asks
 
-    def _choose(self, values: tuple[Any, ...]) -> tuple[Kernel, int, Any, Any, bool]:
-        """Return the kernel of a call, how it is called and as what, what to keep for that, and if that lasts."""
+    def _choose(self, values: tuple[Any, ...]) -> tuple[Kernel, int, Any, Any, bool, bool]:
+        """Return the kernel of a call, how it is called and as what, and what to keep for that.
+
+        And whether all calls of the kind run it, and whether the kind has a size.
+        """
         table = self._runner.table
         kernel = select.choose(table, values)
         how, function, kept = self._how(kernel, values)
-        return kernel, how, function, kept, select.is_decided(table, values)
+        return kernel, how, function, kept, select.is_decided(table, values), table.is_measured()
 
     def _how(self, kernel: Kernel, values: tuple[Any, ...]) -> tuple[int, Any, Any]:
         runner, declared = self._runner, self._runner.meta.plan

@@ -157,6 +157,15 @@ bool Arguments::are_contiguous(const Record& record) const {
   return all(record, [](const at::Tensor& tensor) { return tensor.is_contiguous(); });
 }
 
+uint64_t Arguments::numel(const Record& record) const {
+  uint64_t sum = 0;
+  all(record, [&](const at::Tensor& tensor) {
+    sum += static_cast<uint64_t>(tensor.numel());
+    return true;
+  });
+  return sum;
+}
+
 bool Arguments::take(const Param& param, size_t place, PyObject* value) {
   values[place] = value;
   if (param.is_tensor() && THPVariable_CheckExact(value)) {

@@ -33,6 +33,8 @@ struct Arguments {
   void wrap(const Record& record, c10::ArrayRef<c10::IValue> stack);
   Ref tuple() const { return tuple_of(values); }
   bool are_contiguous(const Record& record) const;
+  // The number of elements of all tensors together.
+  uint64_t numel(const Record& record) const;
 
  private:
   void expect_ints(const Record& record);

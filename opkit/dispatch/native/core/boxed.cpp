@@ -68,8 +68,12 @@ struct BoxedCall {
   void run_here(Arguments& arguments, Stack& stack) const {
     const bool arranged = !record->contiguous || arguments.are_contiguous(*record);
     if (!record->mutates && arranged && !has_preference()) {
-      const auto known =
-          record->known_by_all(arguments.first->device().type(), arguments.first->scalar_type());
+      const auto device = arguments.first->device().type();
+      const auto dtype = arguments.first->scalar_type();
+      auto known = record->known_by_all(device, dtype, 0);
+      if (!known && record->measured) {
+        known = record->known_by_all(device, dtype, bucket_of(*record, arguments));
+      }
       if (known && known->how == Kernel::Native) {
         run_known(*known, device_key(*arguments.first), stack);
         return;

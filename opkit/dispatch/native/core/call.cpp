@@ -9,18 +9,31 @@
 
 namespace opkit_core {
 
+uint8_t bucket_of(const Record& record, const Arguments& arguments) {
+  uint8_t bucket = 1;
+  for (uint64_t rest = arguments.numel(record); rest != 0; rest >>= 1) { ++bucket; }
+  return bucket;
+}
+
 Chosen select(Record& record, const Arguments& arguments) {
-  const Case when{arguments.first->device().type(), arguments.first->scalar_type(),
-                  at::globalContext().deterministicAlgorithms(), preference()};
+  Case when{arguments.first->device().type(), arguments.first->scalar_type(),
+            at::globalContext().deterministicAlgorithms(), 0, preference()};
   if (const Kernel* kernel = record.known(when)) { return Chosen(kernel); }
+  if (record.measured) {
+    when.bucket = bucket_of(record, arguments);
+    if (const Kernel* kernel = record.known(when)) { return Chosen(kernel); }
+  }
   const uint64_t before = epoch.load();
   const Ref values = arguments.tuple();
   const Ref answer = called(record.choose.get(), {values.get()});
   PyObject *owner, *function, *keeps;
-  int how = 0, lasting = 0;
-  if (!PyArg_ParseTuple(answer.get(), "OiOOp", &owner, &how, &function, &keeps, &lasting)) {
+  int how = 0, lasting = 0, measured = 0;
+  if (!PyArg_ParseTuple(answer.get(), "OiOOpp", &owner, &how, &function, &keeps, &lasting,
+                        &measured)) {
     throw_python_error();
   }
+  record.measured = measured != 0;
+  when.bucket = measured != 0 ? bucket_of(record, arguments) : 0;
   auto kernel = std::make_shared<Kernel>();
   kernel->how = static_cast<Kernel::How>(how);
   kernel->owner = Ref::borrow(owner);
@@ -265,7 +278,7 @@ namespace {
 class WithoutAutocast {
  public:
   explicit WithoutAutocast(c10::DeviceType device)
-      : device_(device), before_(at::autocast::is_autocast_enabled(device)) {
+      : device_(device), before_(may_be_on() && at::autocast::is_autocast_enabled(device)) {
     if (before_) { at::autocast::set_autocast_enabled(device_, false); }
   }
   ~WithoutAutocast() {
@@ -275,6 +288,12 @@ class WithoutAutocast {
   WithoutAutocast& operator=(const WithoutAutocast&) = delete;
 
  private:
+  // Nearly always it is off on all devices.
+  static bool may_be_on() {
+    const auto local = c10::impl::tls_local_dispatch_key_set();
+    return !local.excluded_.isSupersetOf(c10::autocast_dispatch_keyset);
+  }
+
   c10::DeviceType device_;
   bool before_;
 };

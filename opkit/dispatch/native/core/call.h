@@ -25,6 +25,10 @@ class Chosen {
   std::shared_ptr<const Kernel> own_;
 };
 
+// The size of a call as `Case` has it: one more than the bit length of the number of elements, which is the bucket in
+// dispatch/measured.py.
+uint8_t bucket_of(const Record& record, const Arguments& arguments);
+
 // Chooses a kernel, for as long as the `Calling` of the caller; Python is asked where that was never done.
 Chosen select(Record& record, const Arguments& arguments);
 

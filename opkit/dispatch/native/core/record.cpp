@@ -19,7 +19,7 @@ const Kernel* Record::known(const Case& when) const {
   if (epoch_ != epoch.load(std::memory_order_acquire)) { return nullptr; }
   for (const Choice& choice : choices_) {
     if (choice.when.device != when.device || choice.when.dtype != when.dtype ||
-        choice.when.deterministic != when.deterministic) {
+        choice.when.deterministic != when.deterministic || choice.when.bucket != when.bucket) {
       continue;
     }
     if (choice.when.wanted == when.wanted) { return choice.kernel.get(); }
@@ -33,14 +33,14 @@ const Kernel* Record::known(const Case& when) const {
   return nullptr;
 }
 
-std::shared_ptr<const Kernel> Record::known_by_all(c10::DeviceType device,
-                                                   c10::ScalarType dtype) const {
+std::shared_ptr<const Kernel> Record::known_by_all(c10::DeviceType device, c10::ScalarType dtype,
+                                                   uint8_t bucket) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (epoch_ == epoch.load(std::memory_order_acquire)) {
     for (const Choice& choice : choices_) {
       const Case& when = choice.when;
-      if (when.device == device && when.dtype == dtype && !when.deterministic &&
-          when.wanted == nullptr) {
+      if (when.device == device && when.dtype == dtype && when.bucket == bucket &&
+          !when.deterministic && when.wanted == nullptr) {
         return choice.kernel;
       }
     }

@@ -59,6 +59,7 @@ struct Case {
   c10::DeviceType device;
   c10::ScalarType dtype;
   bool deterministic = false;  // torch's setting
+  uint8_t bucket = 0;          // of the size, from 1 on; 0 where choices do not depend on it
   PyObject* wanted = nullptr;  // opkit's preference in force, if there is one; borrowed
 };
 
@@ -117,6 +118,7 @@ struct Record {
   bool mutates;
   bool contiguous;  // its kernels get contiguous tensors; Python copies those that are not
   std::atomic<bool> autocast{false};  // whether the op has a rule for it
+  std::atomic<bool> measured{false};  // whether choices may depend on the size of calls
   Kept keywords;                      // names of the keyword-only arguments, a tuple
   Kept container;  // the type that results come in, tuple, or None for a bare value
   bool is_tuple;   // whether that is a tuple or a NamedTuple
@@ -133,7 +135,8 @@ struct Record {
   // The kernel chosen before for such a call, or null. The GIL is held, and a `Calling` keeps what is returned.
   const Kernel* known(const Case& when) const;
   // The same for code without the GIL, where nothing is preferred.
-  std::shared_ptr<const Kernel> known_by_all(c10::DeviceType device, c10::ScalarType dtype) const;
+  std::shared_ptr<const Kernel> known_by_all(c10::DeviceType device, c10::ScalarType dtype,
+                                             uint8_t bucket) const;
   void remember(const Case& when, std::shared_ptr<const Kernel> kernel, uint64_t epoch);
 
   explicit Record(c10::OperatorHandle op) : op(op) {}
