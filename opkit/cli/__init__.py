@@ -15,9 +15,10 @@ import sys
 from collections.abc import Sequence
 
 from opkit import _frozen
+from opkit.cli import _completion
 from opkit.errors import OpkitError
 
-_COMMANDS = ("build", "cache", "plugins", "prepare")
+_COMMANDS = ("build", "cache", "doctor", "info", "ops", "plugins", "prepare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="opkit", description="A toolkit for people who write PyTorch operators."
     )
+    _completion.add_argument(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in _COMMANDS:
         module = importlib.import_module(f"opkit.cli.{name}")

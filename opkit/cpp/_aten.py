@@ -98,7 +98,7 @@ class Job:
                 "Leave with_cuda out."
             )
         needs_nvcc = with_cuda and _refuse_rocm(name)
-        nvcc = _fitting(name, compilers.get_nvcc()) if needs_nvcc else None
+        nvcc = fitting(name, compilers.get_nvcc()) if needs_nvcc else None
         return cls(
             name=name,
             files=tuple(files),
@@ -240,8 +240,12 @@ def _refuse_rocm(name: str) -> bool:
     return True
 
 
-def _fitting(name: str, nvcc: compilers.Compiler) -> compilers.Compiler:
-    """Return `nvcc` where code that it compiles runs beside torch's own CUDA."""
+def fitting(name: str, nvcc: compilers.Compiler) -> compilers.Compiler:
+    """Return `nvcc` where code that it compiles runs beside torch's own CUDA.
+
+    Raises:
+        BuildError: they are of different major versions.
+    """
     import torch
 
     found = re.search(r"\brelease (\d+)\.(\d+)", nvcc.version)

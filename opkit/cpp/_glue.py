@@ -26,7 +26,12 @@ _SCALARS = {
 
 
 def signature(symbol: str, schema: Schema) -> str:
-    """Return the C++ declaration that a light kernel of an op must have."""
+    """Return the C++ declaration that a light kernel of an op must have.
+
+    Raises:
+        BuildError: an argument or a result is of a type that has no form in opkit/kernel.h.
+    """
+    _refuse_types(schema)
     params = [f"{_parameter_type(p)} {p.name}" for p in schema.params]
     params += [
         f"opkit::{'Span<opkit::Tensor>' if r.type.is_list else 'Tensor'} {r.name}" for r in schema.results
@@ -54,16 +59,7 @@ def unit_source(
     kernel: str, symbol: str, schema: Schema, plan: Plan | None, *, prelude: str = "", guard: str = ""
 ) -> str:
     """Return the translation unit of a kernel: `kernel`, its text or an #include of it, then the glue."""
-    for param in schema.params:
-        _refuse(param, schema)
-    for result in schema.results:
-        if result.type.base != "Tensor" or result.type.optional:
-            raise BuildError(
-                f"building {schema.name}: its result {result.name} is {result.type}, which a light kernel cannot "
-                "return; expected Tensor or list[Tensor]. Return a Tensor of no dimensions, or register a kernel that "
-                "includes torch's headers, or a Python kernel.",
-                op=schema.name,
-            )
+    _refuse_types(schema)
     before, opened, arguments = [], [], []
     for index, param in enumerate(schema.params):
         taken, view, argument = _argument(param, f"stack[{index}]")
@@ -117,9 +113,29 @@ extern "C" __attribute__((visibility("default"))) void opkit_call(uint64_t* stac
 """
 
 
+def _refuse_types(schema: Schema) -> None:
+    """Raise BuildError for an op that no light kernel can have."""
+    for param in schema.params:
+        _refuse(param, schema)
+    for result in schema.results:
+        if result.type.base != "Tensor" or result.type.optional:
+            raise BuildError(
+                f"building {schema.name}: its result {result.name} is {result.type}, which a light kernel cannot "
+                "return; expected Tensor or list[Tensor]. Return a Tensor of no dimensions, or register a kernel that "
+                "includes torch's headers, or a Python kernel.",
+                op=schema.name,
+            )
+
+
 def _refuse(param: Param, schema: Schema) -> None:
     """Raise BuildError for an argument that has no form in opkit/kernel.h."""
     base = param.type.base
+    if base == "str" and param.type.is_list:
+        raise BuildError(
+            f"building a light kernel of {schema.name}: argument {param.name} is a list of str, which it cannot take; "
+            "expected one str, or a list of int, float or bool. Join it, or register a Python kernel.",
+            op=schema.name,
+        )
     if base in ("Tensor", "str") or base in _SCALARS:
         return
     parts = {"complex": "its real and imaginary parts as two floats", "Scalar": "it as a float"}
@@ -142,10 +158,6 @@ def _argument(param: Param, slot: str) -> tuple[str, str, str]:
         if t.base == "Tensor":
             elements = "true" if t.optional_elements else "false"
             return taken, f"TensorList v_{name}(l_{name}, {elements}, {changed});", f"v_{name}"
-        if t.base == "str":
-            raise BuildError(
-                f"building a light kernel: argument {name} is a list of str, which it cannot take"
-            )
         return taken, f"ScalarList<{_SCALARS[t.base]}> v_{name}(l_{name});", f"v_{name}"
     if t.base == "Tensor":
         taken = f'TensorArg h_{name}({slot}, "{name}", {optional}, {changed});'
