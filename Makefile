@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PLUGINS := build/test-plugins
-CALLS := tests/dispatch tests/transforms tests/kernels/test_every_op.py tests/kernels/test_rms_norm.py \
+CALLS := tests/dispatch tests/transforms tests/kernels/test_rms_norm.py \
   $(patsubst %,tests/test_%.py,adopt chains op overload prepare refusals registry signatures upstream_pains) \
   --ignore=tests/dispatch/test_native_build.py --ignore=tests/transforms/test_fingerprint.py  # in processes of their own
 AGAIN := $(MAKE) --no-print-directory  # under this name, as a dry run runs lines with $(MAKE)

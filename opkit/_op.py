@@ -119,7 +119,7 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
             self._target = self._define("")
             self._overwriting = Overwriting(schema, self._runner, self._meta, self._library, self._tags)
         except BaseException:  # the core's kernels hold the op that holds them: nothing would collect them
-            self._destroy()
+            self._withdraw()
             raise
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -226,13 +226,17 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
         if self._count is not None:
             forget_count([target().overloadpacket for _, target in self._defined], self._count)
 
-    def _destroy(self) -> None:
+    def _withdraw(self) -> None:
+        """Take back from torch what was defined and registered."""
         if "_path" in vars(self):  # torch may have refused the definition
             self._path.detach()
+        _torch_library.destroy(self._library)
+
+    def _destroy(self) -> None:
         self._forget_count()
         self._sharding.forget([target for _, target in self._defined])
         self._compiled.forget()
-        _torch_library.destroy(self._library)
+        self._withdraw()
         self.__dict__["overload"] = functools.partial(_refuse_removed, self.name)  # torch's handle is freed
 
     def _declared(self) -> tuple[Any, ...]:

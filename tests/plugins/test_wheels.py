@@ -69,10 +69,14 @@ def environment(tmp_path_factory):
             for entry in folder.iterdir():
                 if not entry.name.startswith(_OWN) and not (site / entry.name).exists():
                     (site / entry.name).symlink_to(entry)
-    subprocess.run(
-        [made / "bin/python", "-m", "pip", "install", *options, *(place / "wheels").iterdir()], check=True
-    )
+    install = [made / "bin/python", "-m", "pip", "install", *options, *(place / "wheels").iterdir()]
+    subprocess.run(install, env=alone(), check=True)
     return made
+
+
+def alone():
+    """Return this process's variables without those that show another environment's packages."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
 
 
 def run(environment, *words):
@@ -80,10 +84,9 @@ def run(environment, *words):
 
     Libraries that the plugins' own tests have built, in the user's cache, are not built again.
     """
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     return subprocess.run(
         [environment / "bin/python", "-m", "opkit", *words],
-        env={**kept, "OPKIT_CACHE_PATH": str(Path("~/.cache/opkit").expanduser())},
+        env={**alone(), "OPKIT_CACHE_PATH": str(Path("~/.cache/opkit").expanduser())},
         cwd=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
