@@ -4,15 +4,17 @@ torch computes with integers and complex numbers too, and `.to(x.dtype)` at the 
 zeros and drop the imaginary part on the way. Native kernels declare their dtypes and never get here.
 """
 
+from __future__ import annotations
+
 from torch import Tensor
 
 import opkit
 
 
-def require_floating(op: str, **arguments: Tensor) -> None:
-    """Raise where an argument has no real floating-point dtype."""
+def require_floating(op: str, **arguments: Tensor | None) -> None:
+    """Raise where an argument that is not None has no real floating-point dtype."""
     for name, value in arguments.items():
-        if not value.dtype.is_floating_point:
+        if value is not None and not value.dtype.is_floating_point:
             advice = (
                 f"Pass its real part: {name}.real"
                 if value.dtype.is_complex

@@ -1,6 +1,6 @@
 #include <math.h>
 #include <opkit/kernel.h>
-#include <opkit_kernels/cpu.h>
+#include <opkit_kernels/sums.h>
 
 using namespace opkit_kernels;
 
@@ -22,29 +22,12 @@ void rms_norm(opkit::Tensor x, opkit::Tensor weight, double eps, opkit::Tensor y
         A squares = 0;
 #pragma omp simd reduction(+ : squares)
         for (int64_t i = 0; i < n; ++i) squares += A(row[i]) * A(row[i]);
-        const A scale = 1 / sqrt(squares / A(n) + A(eps));
+        const A scale = A(1 / sqrt(double(squares) / double(n) + eps));
         rstds[r] = float(scale);
         T* out = ys + r * n;
+#pragma GCC ivdep
         for (int64_t i = 0; i < n; ++i) out[i] = T(A(row[i]) * scale * w[i]);
       }
-    });
-  });
-}
-
-// out[i] = sum over the blocks of partial[block, i]
-template <class A>
-static void add_blocks(const A* partial, int64_t blocks, int64_t n, opkit::Tensor out) {
-  dispatch_floating(out, [&](auto zero) {
-    using T = decltype(zero);
-    T* to = out.data<T>();
-    opkit::parallel_for(0, n, row_grain(blocks), [&](int64_t begin, int64_t end) {
-      const int64_t count = end - begin;
-      const Buffer<A> buffer(count);
-      A* sums = buffer.data();
-      for (int64_t i = 0; i < count; ++i) sums[i] = 0;
-      for (int64_t b = 0; b < blocks; ++b)
-        for (int64_t i = 0; i < count; ++i) sums[i] += partial[b * n + begin + i];
-      for (int64_t i = 0; i < count; ++i) to[begin + i] = T(sums[i]);
     });
   });
 }
@@ -61,35 +44,36 @@ void rms_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, opkit::Tensor weig
     const A* w = weights.data();
     T* grad_xs = grad_x.data<T>();
 
-    // Blocks of rows add into sums of their own, and these are added in order. The number of rows alone decides
-    // the blocks, so the result does not depend on the number of threads.
-    const int64_t block = rows > 64 * 16 ? (rows + 63) / 64 : 16,
-                  blocks = (rows + block - 1) / block;
-    const Buffer<A> partial(blocks * n);
-    opkit::parallel_for(0, blocks, 1 + row_grain(n) / block, [&](int64_t begin, int64_t end) {
-      const Buffer<T> x_row(xs.is_contiguous() ? 0 : n), grad_row(grads.is_contiguous() ? 0 : n);
-      for (int64_t b = begin; b < end; ++b) {
-        A* sums = partial.data() + b * n;
-        for (int64_t i = 0; i < n; ++i) sums[i] = 0;
-        for (int64_t r = b * block; r < rows && r < (b + 1) * block; ++r) {
-          const T* row = xs.read(r * n, n, x_row.data());
-          const T* g = grads.read(r * n, n, grad_row.data());
-          A squares = 0, dot = 0;
+    const RowBlocks blocks(rows);
+    const Buffer<A> partial(blocks.count * n);
+    opkit::parallel_for(0, blocks.count, 1 + row_grain(n) / blocks.each,
+                        [&](int64_t from, int64_t to) {
+                          const Buffer<T> x_row(xs.is_contiguous() ? 0 : n),
+                              grad_row(grads.is_contiguous() ? 0 : n);
+                          for (int64_t b = from; b < to; ++b) {
+                            A* sums = partial.data() + b * n;
+#pragma GCC ivdep
+                            for (int64_t i = 0; i < n; ++i) sums[i] = 0;
+                            for (int64_t r = blocks.begin(b); r < blocks.end(b); ++r) {
+                              const T* row = xs.read(r * n, n, x_row.data());
+                              const T* g = grads.read(r * n, n, grad_row.data());
+                              A squares = 0, dot = 0;
 #pragma omp simd reduction(+ : squares, dot)
-          for (int64_t i = 0; i < n; ++i) {
-            squares += A(row[i]) * A(row[i]);
-            dot += A(g[i]) * w[i] * A(row[i]);
-          }
-          const A scale = 1 / sqrt(squares / A(n) + A(eps));
-          const A shift = dot * scale * scale / A(n);
-          T* out = grad_xs + r * n;
-          for (int64_t i = 0; i < n; ++i) {
-            out[i] = T(scale * (A(g[i]) * w[i] - A(row[i]) * shift));
-            sums[i] += A(g[i]) * (A(row[i]) * scale);
-          }
-        }
-      }
-    });
-    add_blocks(partial.data(), blocks, n, grad_weight);
+                              for (int64_t i = 0; i < n; ++i) {
+                                squares += A(row[i]) * A(row[i]);
+                                dot += A(g[i]) * w[i] * A(row[i]);
+                              }
+                              const A scale = A(1 / sqrt(double(squares) / double(n) + eps));
+                              const A shift = dot * scale * scale / A(n);
+                              T* out = grad_xs + r * n;
+#pragma GCC ivdep
+                              for (int64_t i = 0; i < n; ++i) {
+                                out[i] = T(scale * (A(g[i]) * w[i] - A(row[i]) * shift));
+                                sums[i] += A(g[i]) * (A(row[i]) * scale);
+                              }
+                            }
+                          }
+                        });
+    add_blocks(partial.data(), blocks.count, n, grad_weight);
   });
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import opkit
-from opkit_kernels._flags import CFLAGS
+from opkit_kernels._files import register_files
 from opkit_kernels._floating import require_floating
 
 
@@ -91,23 +91,5 @@ rms_norm.register_autograd(rms_norm_backward, saves=("x", "weight", "eps"), non_
 rms_norm_backward.register_autograd(opkit.from_reference)
 rms_norm.register_jvp(opkit.from_reference)
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 for _op in (rms_norm, rms_norm_backward):
-    _symbol = _op.name.removeprefix("opkit::")
-    _op.register_kernel(
-        "cpu",
-        opkit.cpp.kernel(
-            "rms_norm.cpp",
-            symbol=_symbol,
-            extra_cflags=CFLAGS,
-            extra_include_paths=("../include",),
-        ),
-        backend="cpp",
-        dtypes=DTYPES,
-    )
-    _op.register_kernel(
-        "cuda",
-        opkit.cpp.kernel("rms_norm.cu", symbol=_symbol, extra_include_paths=("../include",)),
-        backend="cuda",
-        dtypes=DTYPES,
-    )
+    register_files(_op)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import opkit
-from opkit_kernels._flags import CFLAGS
+from opkit_kernels._files import register_files
 from opkit_kernels._floating import require_floating
 
 
@@ -75,23 +75,5 @@ swiglu.register_autograd(swiglu_backward, saves=("gate", "up"))
 swiglu_backward.register_autograd(opkit.from_reference)
 swiglu.register_jvp(opkit.from_reference)
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 for _op in (swiglu, swiglu_backward):
-    _symbol = _op.name.removeprefix("opkit::")
-    _op.register_kernel(
-        "cpu",
-        opkit.cpp.kernel(
-            "swiglu.cpp",
-            symbol=_symbol,
-            extra_cflags=CFLAGS,
-            extra_include_paths=("../include",),
-        ),
-        backend="cpp",
-        dtypes=DTYPES,
-    )
-    _op.register_kernel(
-        "cuda",
-        opkit.cpp.kernel("swiglu.cu", symbol=_symbol, extra_include_paths=("../include",)),
-        backend="cuda",
-        dtypes=DTYPES,
-    )
+    register_files(_op)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import opkit
+from opkit_kernels._files import register_files
 
 
 @opkit.op("opkit::vector_add", shapes="*b, *b:a -> *b:a")
@@ -44,15 +45,4 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 vector_add.register_jvp(opkit.from_reference)
 
 # On the CPU, float16 is left to the reference: torch converts it with an instruction that no loop here gets.
-vector_add.register_kernel(
-    "cpu",
-    opkit.cpp.kernel("vector_add.cpp", extra_cflags=("-march=native",)),
-    backend="cpp",
-    dtypes=(torch.float32, torch.float64, torch.bfloat16),
-)
-vector_add.register_kernel(
-    "cuda",
-    opkit.cpp.kernel("vector_add.cu"),
-    backend="cuda",
-    dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-)
+register_files(vector_add, cpu_dtypes=(torch.float32, torch.float64, torch.bfloat16))

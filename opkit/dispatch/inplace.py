@@ -16,6 +16,9 @@ from opkit.errors import OutputError, RegistrationError
 from opkit.spec.plan import Plan
 from opkit.spec.schema import Schema, tensors
 
+_FEW = 16  # pairs of tensors, which are compared faster one by one
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 # For each argument that a kernel overwrites, its place, and the place of the result that is in it afterwards.
 Inplace = tuple[tuple[int, int | None], ...]
 
@@ -168,6 +171,9 @@ def apart(mutated: Sequence[int], values: Sequence[Any]) -> tuple[Any, ...]:
     2.15), and the kernel would read what it has written.
     """
     written = tensors([values[place] for place in mutated])
+    read = tensors([value for place, value in enumerate(values) if place not in mutated])
+    if len(written) * len(read) > _FEW and not _may_meet(written, read):
+        return tuple(values)
     own = list(values)
     for place, value in enumerate(values):
         if place in mutated:
@@ -178,6 +184,28 @@ def apart(mutated: Sequence[int], values: Sequence[Any]) -> tuple[Any, ...]:
         elif isinstance(value, (list, tuple)) and any(meet(v, w) for v in tensors(value) for w in written):
             own[place] = [v.clone() if isinstance(v, torch.Tensor) else v for v in value]
     return tuple(own)
+
+
+def _may_meet(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor]) -> bool:
+    """Whether some of the ones and some of the others share memory, asked of all at once: there may be thousands."""
+    spans: list[tuple[int, int, bool]] = []
+    for these, writes in ((written, True), (read, False)):
+        for tensor in these:
+            if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+                return True  # who has no address
+            at = tensor.data_ptr()
+            if tensor.is_contiguous():
+                spans.append((at, at + tensor.nbytes, writes))
+            else:
+                start, end = _extent(tensor)
+                spans.append((at, at + end - start, writes))
+    spans.sort()
+    ends = {True: 0, False: 0}
+    for start, end, writes in spans:
+        if start < min(end, ends[not writes]):
+            return True
+        ends[writes] = max(ends[writes], end)
+    return False
 
 
 def meet(one: torch.Tensor, other: torch.Tensor) -> bool:

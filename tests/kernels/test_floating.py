@@ -7,16 +7,34 @@ import torch
 
 import opkit
 from opkit_kernels import (
+    adamw_step,
+    add_rms_norm,
+    add_rms_norm_backward,
+    batch_norm,
+    batch_norm_backward,
     cross_entropy,
     cross_entropy_backward,
+    geglu,
+    geglu_backward,
+    group_norm,
+    group_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    quant_fp8,
     rms_norm,
     rms_norm_backward,
+    rms_norm_quant,
+    rope,
+    rope_backward,
     swiglu,
     swiglu_backward,
+    topk_softmax,
+    topk_softmax_backward,
 )
 
 T, X, W = torch.tensor([0, 2]), torch.ones(2, 3), torch.ones(3)
 R = torch.zeros(2, dtype=torch.float64)
+H, I = torch.ones(1, 2, 3), torch.tensor([[0, 1, 2], [0, 1, 2]])
 
 # An op, its arguments for a dtype, and the argument that it names.
 CASES = {
@@ -24,6 +42,30 @@ CASES = {
     "rms_norm-weight": (rms_norm, lambda d: (X, W.to(d)), "weight"),
     "rms_norm_backward-x": (rms_norm_backward, lambda d: (X.to(d), X.to(d), W), "x"),
     "rms_norm_backward-weight": (rms_norm_backward, lambda d: (X, X, W.to(d)), "weight"),
+    "layer_norm-x": (layer_norm, lambda d: (X.to(d), W, None), "x"),
+    "layer_norm-bias": (layer_norm, lambda d: (X, None, W.to(d)), "bias"),
+    "layer_norm_backward": (layer_norm_backward, lambda d: (X.to(d), X.to(d), W, None), "x"),
+    "add_rms_norm": (add_rms_norm, lambda d: (X.to(d), X.to(d), W), "x"),
+    "add_rms_norm_backward": (add_rms_norm_backward, lambda d: (X.to(d), X.to(d), X.to(d), W), "sum"),
+    "group_norm": (group_norm, lambda d: (X.to(d), 1, W, W), "x"),
+    "group_norm_backward": (group_norm_backward, lambda d: (X.to(d), X.to(d), 1, W, W), "x"),
+    "batch_norm": (batch_norm, lambda d: (X.to(d), None, None, W.clone(), W.clone()), "x"),
+    "batch_norm-running_var": (batch_norm, lambda d: (X, None, None, W.clone(), W.to(d)), "running_var"),
+    "batch_norm_backward": (batch_norm_backward, lambda d: (X.to(d), X.to(d), W, W, W), "x"),
+    "quant_fp8": (quant_fp8, lambda d: (X.to(d), -1), "x"),
+    "rms_norm_quant": (rms_norm_quant, lambda d: (X.to(d), W), "x"),
+    "geglu": (geglu, lambda d: (X.to(d), X.to(d)), "gate"),
+    "geglu_backward": (geglu_backward, lambda d: (X.to(d), X.to(d), X.to(d)), "gate"),
+    "rope-q": (rope, lambda d: (H.to(d), H.to(d), W[None, :1], W[None, :1]), "q"),
+    "rope-cos": (rope, lambda d: (H, H, W[None, :1].to(d), W[None, :1].to(d)), "cos"),
+    "rope_backward": (rope_backward, lambda d: (H.to(d), H.to(d), W[None, :1], W[None, :1]), "grad_q"),
+    "topk_softmax": (topk_softmax, lambda d: (X.to(d), 2), "logits"),
+    "topk_softmax_backward": (topk_softmax_backward, lambda d: (X.to(d), X.to(d), I), "logits"),
+    "adamw_step": (
+        adamw_step,
+        lambda d: (*([X.to(d)] for _ in range(4)), 0.1, (0.9, 0.99), 1e-8, 0.0, 1),
+        "params",
+    ),
     "swiglu": (swiglu, lambda d: (X.to(d), X.to(d)), "gate"),
     "swiglu_backward": (swiglu_backward, lambda d: (X.to(d), X.to(d), X.to(d)), "gate"),
     "cross_entropy": (cross_entropy, lambda d: (X.to(d), T), "logits"),

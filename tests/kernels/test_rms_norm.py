@@ -10,7 +10,9 @@ from opkit_kernels import rms_norm, rms_norm_backward
 from tests.kernels.kernel_cases import (
     DTYPES,
     LAYOUTS,
+    MANY_ROWS,
     SHAPES,
+    assert_as_exact_as,
     assert_compiles_once,
     assert_exports,
     assert_matches_float64,
@@ -31,7 +33,7 @@ def test_rms_norm_matches_float64(device, dtype, shape, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
-@pytest.mark.parametrize("shape", [*SHAPES, (3000, 33)], ids=shape_name)
+@pytest.mark.parametrize("shape", [*SHAPES, MANY_ROWS], ids=shape_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rms_norm_backward_matches_float64(device, dtype, shape, layout):
     x = layout(torch.randn(shape, device=device).to(dtype))
@@ -140,3 +142,23 @@ def test_rms_norm_exports():
 def test_rms_norm_refuses_a_weight_of_another_size(device):
     with pytest.raises(opkit.ShapeError, match="weight"):
         rms_norm(torch.ones(3, 4, device=device), torch.ones(5, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 3])
+def test_rms_norm_is_as_exact_as_torch(kernels_device, dtype, offset):
+    x, grad = (torch.randn(64, 1000, device=kernels_device).to(dtype) for _ in range(2))
+    x, weight = x + offset, torch.randn(1000, device=kernels_device).to(dtype)
+
+    def both(function, *args):
+        leaves = [a.detach().clone().requires_grad_() for a in args]
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
+
+    def in_torch(x, weight):
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+
+    ours, theirs = both(lambda *a: rms_norm(*a).y, x, weight), both(in_torch, x, weight)
+    exact = both(in_torch, x.double(), weight.double())
+    for found, other, true in zip(ours, theirs, exact, strict=True):
+        assert_as_exact_as(found, other, true)

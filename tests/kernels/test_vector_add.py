@@ -9,6 +9,7 @@ import opkit
 from opkit_kernels import vector_add
 from tests.kernels.kernel_cases import (
     DTYPES,
+    INTERPRETS,
     LAYOUTS,
     SHAPES,
     assert_compiles_once,
@@ -26,6 +27,8 @@ from tests.kernels.kernel_cases import (
 def test_vector_add_equals_torch(backend, device, dtype, shape, layout):
     if backend == "cpp" and dtype == torch.float16:
         pytest.skip("float16 is left to the reference on the CPU")
+    if INTERPRETS and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts digits off instead of rounding")
     layout = layout if shape else lambda x: x
     a, b = layout(torch.randn(shape, device=device).to(dtype)), torch.randn(shape, device=device).to(dtype)
     for left, right in ((a, b), (b, a), (a, a)):

@@ -19,26 +19,34 @@ class Buffer {
   T* data_;
 };
 
-// A small argument that every row needs, such as a weight, as one contiguous array of A.
+// A small argument that every row needs, such as a weight, as one contiguous array of A. None stands for `count` times
+// `value`.
 template <class A>
 class Widened {
  public:
-  explicit Widened(const opkit::Tensor& x)
-      : buffer_(x.dtype() == opkit::DTypeOf<A>::value && x.is_contiguous() ? 0 : x.numel()) {
-    if (!buffer_.data()) {
+  explicit Widened(const opkit::Tensor& x, int64_t count = 0, A value = A(0))
+      : buffer_(!x                    ? count
+                : is_such_an_array(x) ? 0
+                                      : x.numel()),
+        data_(buffer_.data()) {
+    A* out = buffer_.data();
+    if (!x) {
+      for (int64_t i = 0; i < count; ++i) out[i] = value;
+    } else if (!out) {
       data_ = x.numel() ? x.data<A>() : nullptr;
-      return;
+    } else {
+      dispatch_floating(x, [&](auto zero) {
+        const opkit::Elements<decltype(zero)> in(x);
+        for (int64_t i = 0, n = x.numel(); i < n; ++i) out[i] = A(in[i]);
+      });
     }
-    dispatch_floating(x, [&](auto zero) {
-      const opkit::Elements<decltype(zero)> in(x);
-      A* out = buffer_.data();
-      for (int64_t i = 0, n = x.numel(); i < n; ++i) out[i] = A(in[i]);
-    });
-    data_ = buffer_.data();
   }
   const A* data() const { return data_; }
 
  private:
+  static bool is_such_an_array(const opkit::Tensor& x) {
+    return x.dtype() == opkit::DTypeOf<A>::value && x.is_contiguous();
+  }
   Buffer<A> buffer_;
   const A* data_;
 };

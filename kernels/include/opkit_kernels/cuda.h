@@ -12,6 +12,21 @@ struct alignas(16) Pack {
   T at[kSize];
 };
 
+// Call body(k, element) for k below N, one after the other, where `element` refers to x[k]. As x is in registers, which
+// have no index, each turn selects among them all: slow, and in few registers, for what is rare beside a fast path.
+template <int N, class T, class Body>
+__device__ void in_turn(T (&x)[N], const Body& body) {
+#pragma unroll 1
+  for (int k = 0; k < N; ++k) {
+    T own = x[0];
+#pragma unroll
+    for (int j = 1; j < N; ++j) own = j == k ? x[j] : own;
+    body(k, own);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = j == k ? own : x[j];
+  }
+}
+
 template <class T>
 __device__ bool is_aligned(const T* data) {
   return reinterpret_cast<uintptr_t>(data) % alignof(Pack<T>) == 0;
@@ -30,7 +45,7 @@ struct Row {
   __device__ Pack<T> load(int64_t i, T past = T(0)) const {
     if (packed && i + Pack<T>::kSize <= n) return *reinterpret_cast<const Pack<T>*>(data + i);
     Pack<T> pack;
-    for (int k = 0; k < Pack<T>::kSize; ++k) pack.at[k] = i + k < n ? data[(i + k) * step] : past;
+    in_turn(pack.at, [&](int k, T& x) { x = i + k < n ? data[(i + k) * step] : past; });
     return pack;
   }
 };
@@ -43,12 +58,14 @@ struct OutRow {
   bool packed;
 
   __device__ OutRow(T* data, int64_t n) : data(data), n(n), packed(is_aligned(data)) {}
-  __device__ void store(int64_t i, const Pack<T>& pack) const {
+  __device__ void store(int64_t i, Pack<T> pack) const {
     if (packed && i + Pack<T>::kSize <= n) {
       *reinterpret_cast<Pack<T>*>(data + i) = pack;
       return;
     }
-    for (int k = 0; k < Pack<T>::kSize && i + k < n; ++k) data[i + k] = pack.at[k];
+    in_turn(pack.at, [&](int k, T& x) {
+      if (i + k < n) data[i + k] = x;
+    });
   }
 };
 

@@ -1,0 +1,1 @@
+"""opkit::adamw_step: the declaration is in adamw_step.py, the kernels beside it."""

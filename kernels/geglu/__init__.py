@@ -1,0 +1,1 @@
+"""opkit::geglu: the declaration is in geglu.py, the kernels beside it."""

@@ -1,0 +1,1 @@
+"""opkit::rms_norm_quant: the declaration is in rms_norm_quant.py, the kernels beside it."""

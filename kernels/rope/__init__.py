@@ -1,0 +1,1 @@
+"""opkit::rope: the declaration is in rope.py, the kernels beside it."""

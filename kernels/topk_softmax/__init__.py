@@ -1,0 +1,1 @@
+"""opkit::topk_softmax: the declaration is in topk_softmax.py, the kernels beside it."""
