@@ -164,20 +164,22 @@ void batch_norm(opkit::Tensor x, opkit::Tensor weight, opkit::Tensor bias,
     else
       planes_moments<T>(of, xs, moments.data());
     const Widened<A> weights(weight, of.channels, 1), biases(bias, of.channels, 0);
-    const Buffer<A> centre(of.channels), scale(of.channels);
+    const Buffer<A> centre(of.channels), scale(of.channels), shift(of.channels);
     for (int64_t c = 0; c < of.channels; ++c) {
       const double factor = 1 / sqrt(moments.data()[c].variance() + eps);
       mean.data<float>()[c] = float(moments.data()[c].average());
       rstd.data<float>()[c] = float(factor);
-      centre.data()[c] = A(moments.data()[c].mean);
-      scale.data()[c] = A(factor * double(weights.data()[c]));
+      const Normaliser<A> by(moments.data()[c].mean, factor, weights.data()[c], biases.data()[c]);
+      centre.data()[c] = by.centre;
+      scale.data()[c] = by.scale;
+      shift.data()[c] = by.shift;
     }
     if (of.per_channel() > 0) {
       update(running_mean, momentum, moments.data(), [](const Moments& m) { return m.mean; });
       update(running_var, momentum, moments.data(),
              [](const Moments& m) { return m.squares / (m.count - 1); });
     }
-    normalise<T, A>(of, xs, centre.data(), scale.data(), biases.data(), y.data<T>());
+    normalise<T, A>(of, xs, centre.data(), scale.data(), shift.data(), y.data<T>());
   });
 }
 

@@ -49,11 +49,11 @@ void group_norm(opkit::Tensor x, int64_t groups, opkit::Tensor weight, opkit::Te
         const double factor = 1 / sqrt(moments.variance() + eps);
         means[g] = float(moments.average());
         rstds[g] = float(factor);
-        const A centre = A(moments.mean);
         for (int64_t c = 0; c < of.channels_each; ++c) {
           const int64_t channel = g % of.groups * of.channels_each + c;
-          const A scale = A(factor * double(weights.data()[channel])),
-                  shift = biases.data()[channel];
+          const Normaliser<A> by(moments.mean, factor, weights.data()[channel],
+                                 biases.data()[channel]);
+          const A centre = by.centre, scale = by.scale, shift = by.shift;
           of.chunks(g * of.channels_each + c, [&](int64_t at, int64_t n) {
             const T* row = xs.read(at, n, gathered.data());
             T* out = ys + at;
@@ -101,8 +101,10 @@ void group_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, int64_t groups,
           for_bias.data()[first + c] = channel.grad;
         }
         const double shift = group.d / count, factor = group.rstd(count, eps);
-        const A centre = A(double(near) + shift), scale = A(factor), level = A(group.grad / count),
-                slope = A(group.centred(count) * factor * factor / count);
+        // grad_x = g w rstd + (x - mean) tilt + level
+        const double tilt = -group.centred(count) * factor * factor * factor / count,
+                     level = -group.grad * factor / count;
+        const Normaliser<A> by(double(near) + shift, factor, A(tilt / factor), A(level));
         for (int64_t c = 0; c < of.channels_each; ++c) {
           for_weight.data()[first + c] -= shift * for_bias.data()[first + c];
           for_weight.data()[first + c] *= factor;
@@ -110,9 +112,10 @@ void group_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, int64_t groups,
             const T* row = xs.read(at, n, x_row.data());
             const T* grad = grads.read(at, n, grad_row.data());
             T* out = grad_xs + at;
+            const A each = A(factor * double(w[c]));
 #pragma GCC ivdep
             for (int64_t i = 0; i < n; ++i)
-              out[i] = T(scale * (A(grad[i]) * w[c] - level - (A(row[i]) - centre) * slope));
+              out[i] = T(A(grad[i]) * each + ((A(row[i]) - by.centre) * by.scale + by.shift));
           });
         }
       }

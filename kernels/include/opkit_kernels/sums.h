@@ -7,6 +7,8 @@ namespace opkit_kernels {
 
 // Numbers that one loop adds up, a few thousand at most: longer sums go on in double.
 constexpr int64_t kChunk = 4096;
+// The same where terms of either sign come, whose sum is small beside what is lost.
+constexpr int64_t kShort = 256;
 
 // The sum of x, from both halves at once: additions to one sum wait for each other.
 template <class T>
@@ -59,15 +61,20 @@ struct Moments {
     using A = Wide<T>;
     for (; n > kChunk; n -= kChunk, x += kChunk) add(x, kChunk);
     const A centre = sum_of(x, n) / A(n);
-    A own = 0, rest = 0;  // the rest is what rounding the centre leaves
-#pragma omp simd reduction(+ : own, rest)
-    for (int64_t i = 0; i < n; ++i) {
-      const A deviation = A(x[i]) - centre;
-      own += deviation * deviation;
-      rest += deviation;
+    double own = 0, rest = 0;  // the rest is what rounding the centre leaves
+    for (int64_t at = 0; at < n; at += kShort) {
+      const int64_t end = at + kShort < n ? at + kShort : n;
+      A some = 0, left = 0;
+#pragma omp simd reduction(+ : some, left)
+      for (int64_t i = at; i < end; ++i) {
+        const A deviation = A(x[i]) - centre;
+        some += deviation * deviation;
+        left += deviation;
+      }
+      own += double(some), rest += double(left);
     }
-    const double shift = double(rest) / double(n);
-    join(double(n), double(centre) + shift, double(own) - double(rest) * shift);
+    const double shift = rest / double(n);
+    join(double(n), double(centre) + shift, own - rest * shift);
   }
 
   void join(double n, double other_mean, double other_squares) {
@@ -89,6 +96,22 @@ Wide<T> near_mean(const T* x, int64_t n) {
   return n > 0 ? sum_of(x, n) / A(n) : 0;
 }
 
+// (x - centre) scale + shift = (x - mean) scale + bias, rounded as few times as can be: a mean that is small beside the
+// deviation is left to the shift, as x - 0 is exact; of another one the difference is, nearly, and what rounding the
+// centre loses is in the shift.
+template <class A>
+struct Normaliser {
+  A centre, scale, shift;
+
+  Normaliser(double mean, double rstd, A weight, A bias) {
+    const double mean_in_deviations = mean * rstd;
+    const bool small = mean_in_deviations > -1 && mean_in_deviations < 1;
+    centre = small ? A(0) : A(mean);
+    scale = A(rstd * double(weight));
+    shift = A(double(bias) - (mean - double(centre)) * rstd * double(weight));
+  }
+};
+
 // Sums of d = x - near, d^2, g and g d, where g is the gradient of what was normalised, and `near` is near the mean of
 // x. They are all that a gradient needs of both, in one pass; the true mean is near + d / count.
 struct GradientSums {
@@ -97,6 +120,7 @@ struct GradientSums {
   template <class T>
   void add(const T* x, const T* g, int64_t n, Wide<T> near) {
     using A = Wide<T>;
+    for (; n > kShort; n -= kShort, x += kShort, g += kShort) add(x, g, kShort, near);
     A d_sum = 0, d_squares = 0, g_sum = 0, g_dot = 0;
 #pragma omp simd reduction(+ : d_sum, d_squares, g_sum, g_dot)
     for (int64_t i = 0; i < n; ++i) {
