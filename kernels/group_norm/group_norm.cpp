@@ -100,11 +100,11 @@ void group_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, int64_t groups,
           for_weight.data()[first + c] = channel.dot;
           for_bias.data()[first + c] = channel.grad;
         }
-        const double shift = group.d / count, factor = group.rstd(count, eps);
-        // grad_x = g w rstd + (x - mean) tilt + level
-        const double tilt = -group.centred(count) * factor * factor * factor / count,
-                     level = -group.grad * factor / count;
-        const Normaliser<A> by(double(near) + shift, factor, A(tilt / factor), A(level));
+        const double shift = group.d / count, factor = of.elements > 1 ? group.rstd(count, eps) : 0;
+        // grad_x = g w rstd + (x - mean) slope rstd + level; a group of one element is its bias, with no gradient
+        const double slope = -group.centred(count) * factor * factor / count;
+        const Normaliser<A> by(double(near) + shift, factor, A(slope),
+                               A(-group.grad * factor / count));
         for (int64_t c = 0; c < of.channels_each; ++c) {
           for_weight.data()[first + c] -= shift * for_bias.data()[first + c];
           for_weight.data()[first + c] *= factor;
