@@ -166,6 +166,11 @@ class Meta:
                 self._remembered[key] = None  # a size that depends on data, known to a tracer only
         return self._remembered[key] or (None, None)
 
+    def outputs(self, values: Sequence[Any]) -> tuple[Sequence[Any], torch.device | None]:
+        """Return what is to be allocated for a call: as `expect`, where everything must be known."""
+        metas, device = self.expect(values)
+        return (metas, device) if metas is not None else self.of_registered(values)
+
     def promised(self, values: Sequence[Any]) -> tuple[Sequence[Any] | None, torch.device | None]:
         """Return of a call that is being traced what `expect` returns of a real one."""
         if self.function is None:

@@ -121,7 +121,7 @@ class Runner:
             frozen.load(self.table, kernel, values)
         with frozen.loading(self.schema, kernel, values):
             bound = kernel.function.bind(
-                self.schema, self.native_plan, kernel.device, self.meta.of_registered, kernel.backend
+                self.schema, self.native_plan, kernel.device, self.meta.outputs, kernel.backend
             )
         slot.append(bound)
         return bound

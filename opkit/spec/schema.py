@@ -200,6 +200,10 @@ class Schema:
 
         return adapted
 
+    def unadapted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function that `adapt` returned `function` for."""
+        return function.__wrapped__ if any(p.type.is_carried for p in self.params) else function  # type: ignore[attr-defined]
+
     def _argument_error(self, param: Param, value: Any, expected: Exception) -> ArgumentError:
         return ArgumentError(
             f"calling {self.name}: argument {param.name} is {value!r}; expected {expected}"

@@ -726,6 +726,31 @@ def test_calls_do_not_leak():
 
 
 @pytest.mark.skipif(compilers.find_nvcc() is None, reason="needs nvcc")
+def flags_at(address: int) -> set[str]:
+    """Return what the system says of the memory at an address of this process."""
+    for block in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", block)
+        if span and int(span[1], 16) <= address < int(span[2], 16):
+            return set(re.findall(r"(?m)^VmFlags: (.*)$", block)[0].split())
+    return set()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with large pages")
+def test_large_output_lies_on_large_pages():
+    @opkit.op("lt::filled", shapes=" -> n:float32")
+    def filled(n: int, device: torch.device) -> Tensor: ...
+
+    body = "void filled(int64_t n, Device device, Tensor y) { for (auto i = n; i--;) y.data<float>()[i] = 1; }"
+    filled.register_kernel("cpu", kernel(body))
+    page = 2 << 20
+    for mib, expected in ((64, True), (16, False)):
+        y = filled(mib << 18, torch.device("cpu"))
+        assert y.min() == y.max() == 1
+        first = -(-y.data_ptr() // page) * page
+        assert ("hg" in flags_at(first)) == expected, mib
+        assert ("hg" in flags_at(first + y.nbytes - 2 * page)) == expected, mib
+
+
 def test_cuda_unit_compiles_without_a_device():
     @opkit.op("t::f", shapes="n -> n")
     def f(x: Tensor, k: float) -> Tensor: ...

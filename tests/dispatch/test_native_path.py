@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -137,6 +138,25 @@ def mutating(ns):
     return Case(add_, call, lambda: [values(3), values(3, start=2)], lambda x, y: x + 2 * y)
 
 
+def mutating_lists(ns):
+    """Whose arguments are lists, of which it writes into one, and a tuple of numbers."""
+
+    @opkit.op(f"{ns}::blend_", mutates_args=["xs"], shapes="[*s], [*s] ->")
+    def blend_(xs: list[Tensor], ys: list[Tensor], by: tuple[float, float]) -> None:
+        assert type(by) is tuple
+        for x, y in zip(xs, ys, strict=True):
+            x.mul_(by[0]).add_(y, alpha=by[1])
+
+    def call(op, x, y):
+        x, y, first, second = x.clone(), y.clone(), x, y
+        counts = type(x) is Tensor and not x.is_inference()
+        before = x._version + y._version if counts else 0
+        assert op([x, y], [first, second], (2.0, 3.0)) is None
+        return x, y, x._version + y._version - before if counts else 0
+
+    return Case(blend_, call, lambda: [values(3), values(2, 2, start=2)], lambda x, y: (x * 5, y * 5))
+
+
 def mutating_with_result(ns):
     @opkit.op(f"{ns}::push_", mutates_args=["buffer"], shapes="n, n -> n:x")
     def push_(buffer: Tensor, x: Tensor) -> Tensor:
@@ -180,6 +200,36 @@ def lists(ns):
         lambda op, x, y: op([x, y], [2.0, 3.0]),
         lambda: [values(3), values(2, 2)],
         lambda x, y: [x * 2, y * 3],
+    )
+
+
+def tuples(ns):
+    """Whose arguments are tuples, also where it is differentiated."""
+
+    @opkit.op(f"{ns}::affine", shapes="n -> n")
+    def affine(
+        x: Tensor,
+        by: tuple[float, float],
+        ints: tuple[int, int, int] | None = None,
+        *,
+        on: tuple[bool] = (True,),
+    ) -> Tensor:
+        assert (type(by), type(on)) == (tuple, tuple)
+        return x * by[0] + by[1] * (1 if ints is None else ints[2]) * on[0]
+
+    def save(ctx, inputs, output):
+        ctx.by, ctx.kinds = inputs[1], [type(value) for value in inputs[1:]]
+
+    def backward(ctx, g):
+        assert ctx.kinds == [tuple, tuple, tuple]
+        return g * ctx.by[0], None, None, None
+
+    affine.register_autograd(backward, save)
+    return Case(
+        affine,
+        lambda op, x: op(x, [2.0, 3.0], (1, 2, 4)),
+        lambda: [values(3)],
+        lambda x: x * 2 + 12,
     )
 
 
@@ -294,6 +344,47 @@ def described(ns):
     return Case(turned, lambda op, x: op(x, 3), lambda: [values(2, 3)], lambda x: (x.cos().T, x.sum(0) * 3))
 
 
+FILLED = """
+#include <opkit/kernel.h>
+void rows(opkit::Tensor x, opkit::Optional<int64_t> k, opkit::Tensor y, opkit::Tensor count) {
+  OPKIT_CHECK(x.dim() == 2, "x has ", x.dim(), " dimensions");
+  opkit::dispatch<float, double>(x.dtype(), [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t r = 0; r < y.size(0); ++r)
+      for (int64_t j = 0; j < y.size(1); ++j)
+        y.data<T>()[r * y.stride(0) + j * y.stride(1)] = x.data<T>()[r * x.stride(0)] * T(j + 1);
+  });
+  *count.data<int64_t>() = k ? *k : -1;
+}
+"""
+
+
+def filled(ns):
+    """With a kernel in C++, and a function that describes its results, in other strides than a shape line would."""
+
+    @opkit.op(f"{ns}::rows")
+    def rows(x: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the kernel takes these calls")
+
+    @rows.register_fake
+    def _(x, k=None):
+        if k == 0:
+            raise ValueError("k is 0")
+        return x.new_empty(k or 1, x.shape[0]).T, x.new_empty((), dtype=torch.int64)
+
+    rows.register_kernel("cpu", opkit.cpp.kernel(FILLED, symbol="rows"), backend="cpp")
+    rows.register_autograd(
+        lambda ctx, g, _: (F.pad((g * torch.arange(1, 4)).sum(1, keepdim=True), (0, ctx.rest)), None),
+        lambda ctx, inputs, output: setattr(ctx, "rest", inputs[0].shape[1] - 1),
+    )
+    return Case(
+        rows,
+        lambda op, x: op(x, 3),
+        lambda: [values(2, 3)],
+        lambda x: (x[:, :1] * torch.arange(1, 4), torch.tensor(3)),
+    )
+
+
 def picked(ns):
     """With a shape line over a list."""
 
@@ -338,8 +429,8 @@ def refusing(ns):
 
 
 MAKERS = (
-    square, norm, light, mutating, mutating_with_result, keyword, lists, optional, two_results, numbers, contiguous,
-    typed, described, picked, lone, without_formula, refusing,
+    square, norm, light, mutating, mutating_lists, mutating_with_result, keyword, lists, tuples, optional,
+    two_results, numbers, contiguous, typed, described, filled, picked, lone, without_formula, refusing,
 )  # fmt: skip
 
 
@@ -868,13 +959,14 @@ def test_answers_and_gradients_are_right(made, maker):
     case = made(maker, "n")
     if case.truth is None:
         pytest.skip("it has no answer, or no gradient")
+    derives = maker not in (mutating, mutating_lists)
     for _ in range(3):  # also when the kernel is known
-        leaves = [t.requires_grad_(maker is not mutating) for t in case.tensors()]
-        exact = [t.detach().double().requires_grad_(maker is not mutating) for t in leaves]
+        leaves = [t.requires_grad_(derives) for t in case.tensors()]
+        exact = [t.detach().double().requires_grad_(derives) for t in leaves]
         found, wanted = flat(case.call(case.op, *leaves)), flat(case.truth(*exact))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one.double(), other.double())
-        if maker is mutating:
+        if not derives:
             continue
         grads = torch.autograd.grad(scalar(found), leaves, allow_unused=True)
         others = torch.autograd.grad(scalar(wanted), exact, allow_unused=True)
@@ -1593,11 +1685,14 @@ def python_frames(call: Callable[[], Any]) -> list[str]:
                 norm,
                 light,
                 mutating,
+                mutating_lists,
+                tuples,
                 keyword,
                 optional,
                 two_results,
                 typed,
                 described,
+                filled,
                 picked,
                 without_formula,
             )
@@ -1613,7 +1708,50 @@ def test_nothing_of_opkit_in_python_runs_where_nothing_is_special(made, maker, g
     found = python_frames(lambda: case.call(case.op, *tensors))
     kernel = case.op.schema.opname
     assert set(found) <= {kernel, "<lambda>", "call", "wrapped", OF_TENSOR}, found
-    assert (kernel in found) == (maker is not light)
+    assert (kernel in found) == (maker not in (light, filled))
+
+
+@pytest.mark.parametrize("cut", [slice(None), slice(2)], ids=["all", "part"])
+def test_lists_that_share_memory_are_read_as_they_were(made, cut):
+    op = made(mutating_lists, "n").op
+    for _ in range(2):
+        xs = [values(2), values(2, 2)]
+        ys = [x[cut] for x in xs]
+        wanted = [x * 2 + y * 3 for x, y in zip(xs, ys, strict=True)]
+        op(xs, ys, (2.0, 3.0))
+        for x, want in zip(xs, wanted, strict=True):
+            torch.testing.assert_close(x, want)
+
+
+def test_lists_that_require_grad_are_written_where_gradients_are_off(made):
+    op = made(mutating_lists, "n").op
+    for _ in range(3):
+        x = values(3).requires_grad_()
+        saved = x * x
+        with torch.no_grad():
+            found = python_frames(lambda x=x, y=values(3): op([x], [y], by=[2.0, 3.0]))
+        torch.testing.assert_close(x.detach(), values(3) * 5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.sum().backward()
+        with pytest.raises(opkit.GradientError, match="requires grad and is overwritten"):
+            op([x], [values(3)], (2.0, 3.0))
+    assert found == ["blend_"]
+
+
+@pytest.mark.parametrize("by", [(1.0,), [1.0, 2.0, 3.0], 1.0, None, (1, "a")])
+def test_a_tuple_of_another_length_is_refused_by_both(registry, by):
+    def declare(ns):
+        @opkit.op(f"{ns}::fixed", shapes="*b -> *b")
+        def fixed(x: Tensor, by: tuple[float, float]) -> Tensor:
+            return x * by[0] + by[1]
+
+        return fixed
+
+    def state(op):
+        torch.testing.assert_close(op(X, (2.0, 1.0)), X * 2 + 1)
+        return through(op, op, X, by)
+
+    one_answer(both(registry, declare, state))
 
 
 @needs_core

@@ -40,6 +40,8 @@ class ParamValue(NamedTuple):
     list: bool
     optional: bool
     mutated: bool
+    length: int
+    """Of the tuple that Python code sees where a list of just so many is declared; or 0."""
 
 
 class ResultValue(NamedTuple):
@@ -165,11 +167,16 @@ class RecordValue(NamedTuple):
 
 def is_plain(schema: Schema) -> bool:
     """Whether the core can take an op's arguments and pass on its results as they are."""
-    if schema.special or any(p.type.length or p.type.is_carried for p in schema.params):
+    if any(p.filled or not p.type.is_tuple for _, p in schema.special):
         return False
     types = [*(param.type for param in schema.params), *(result.type for result in schema.results)]
     return all(
-        type.base in KINDS and not type.optional_elements and not (type.is_list and type.base in _NO_LISTS)
+        type.base in KINDS
+        and type.choices is None
+        and not type.optional_elements
+        and not (type.is_list and type.base in _NO_LISTS)
+        # torch fills up a list of a fixed length from a lone value, where Python code does not see a tuple
+        and (type.length is None or (type.is_tuple and type.base != "Tensor"))
         for type in types
     )
 
@@ -185,6 +192,7 @@ def params(schema: Schema) -> tuple[ParamValue, ...]:
             param.type.is_list,
             param.type.optional,
             param.mutated,
+            param.type.length if param.type.is_tuple and param.type.length else 0,
         )
         for param in schema.params
     )

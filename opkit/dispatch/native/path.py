@@ -23,7 +23,7 @@ from opkit.spec.plan import OutputMeta
 if TYPE_CHECKING:
     from opkit.dispatch.table import Kernel
 
-_PYTHON, _NATIVE, _RUN, _ASKED = range(4)  # `Kernel::How` in core/record.h
+_PYTHON, _NATIVE, _RUN, _ASKED, _FILLED = range(5)  # `Kernel::How` in core/record.h
 
 
 class Path:
@@ -164,13 +164,17 @@ class Path:
         if isinstance(kernel.function, Source):
             bound = runner.bound(kernel, values)
             silent = declared is None and runner.meta.function is None and not runner.schema.results
-            if not bound.allocates and (runner.native_plan is not None or silent):
+            if bound.allocates:
+                return _RUN, None, None
+            if runner.native_plan is not None or silent:
                 return _NATIVE, bound.library.name, bound
-            return _RUN, None, None
+            filled = runner.meta.function is not None and declared is None
+            return (_FILLED, bound.library.name, bound) if filled else (_RUN, None, None)
         if kernel is runner.table.reference and "deterministic" in select.wanted_now().required:
             return _RUN, None, None
         asked = runner.meta.function is not None or (declared is not None and self._plan is None)
-        return _ASKED if asked else _PYTHON, kernel.function, None
+        function = runner.schema.unadapted(kernel.function)  # the core gives it what Python code sees
+        return _ASKED if asked else _PYTHON, function, None
 
     def _expect(self, values: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...] | None:
         """Return shape, strides and dtype of the results, or None where something else is said of them."""

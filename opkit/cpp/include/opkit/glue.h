@@ -21,6 +21,7 @@ int32_t aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** strides);
 int32_t aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* dtype);
 int32_t aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* device_type);
 int32_t aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* device_index);
+int32_t aoti_torch_get_storage_size(AtenTensorHandle tensor, int64_t* bytes);
 int32_t torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data);
 int32_t torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data);
 int32_t aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
@@ -38,6 +39,9 @@ int32_t torch_delete_list(StableListHandle list);
 int32_t torch_string_length(StringHandle string, size_t* length);
 int32_t torch_string_c_str(StringHandle string, const char** data);
 int32_t torch_delete_string(StringHandle string);
+#if defined(__linux__)
+int madvise(void* address, size_t length, int advice) noexcept;  // sys/mman.h
+#endif
 #if defined(__CUDACC__)
 struct CUDAGuardOpaque;
 typedef struct CUDAGuardOpaque* CUDAGuardHandle;
@@ -421,6 +425,24 @@ OPKIT_BODY Strides::Strides(int64_t dim, const int64_t* sizes) {
   }
 }
 
+// Asks the system for pages of 2 MiB behind a large output, where first writing to it takes half of the time with those
+// of 4 KiB. Smaller outputs lie in memory that malloc has had before: from 32 MiB on it asks for new memory each time.
+OPKIT_BODY void use_large_pages(AtenTensorHandle tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  constexpr int kHugePage = 14;  // MADV_HUGEPAGE
+  int64_t bytes = 0;
+  void* data = nullptr;
+  if (aoti_torch_get_storage_size(tensor, &bytes) || bytes < int64_t(32) << 20 ||
+      torch_get_mutable_data_ptr(tensor, &data))
+    return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data),
+                  first = (begin + kPage - 1) & ~(kPage - 1);
+  const uintptr_t last = (begin + uintptr_t(bytes)) & ~(kPage - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, kHugePage);
+#endif
+}
+
 OPKIT_BODY void allocate(TensorArg& out, const char* name, const Sizes& sizes, DType dtype,
                          Device device) {
   for (int64_t i = 0; i < sizes.count(); ++i)
@@ -430,6 +452,7 @@ OPKIT_BODY void allocate(TensorArg& out, const char* name, const Sizes& sizes, D
                                Strides(sizes.count(), sizes.data()).data(),
                                static_cast<int32_t>(dtype), device.type, device.index, out.slot()))
     fail("torch could not allocate output ", name);
+  if (device.type == 0) use_large_pages(*out.slot());
 }
 
 OPKIT_BODY void Open::check(const char* name) const {

@@ -119,47 +119,25 @@ inline void Arguments::note(const at::Tensor& tensor) {
   metadata_ = metadata_ || has_autograd_meta(tensor);
 }
 
-// Whether something holds of all tensors, in the op's order, whatever the order of the call.
-template <typename F>
-bool Arguments::all(const Record& record, F holds) const {
-  auto list = lists.begin();
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (tensors[i] != nullptr) {
-      if (!holds(*tensors[i])) { return false; }
-    } else if (record.params[i].list && record.params[i].kind == Kind::Tensor) {
-      if (values.empty()) {
-        for (const at::Tensor& tensor : *list++) {
-          if (!holds(tensor)) { return false; }
-        }
-      } else if (values[i] != Py_None) {
-        for (Py_ssize_t k = 0; k < PyList_GET_SIZE(values[i]); ++k) {
-          if (!holds(THPVariable_Unpack(PyList_GET_ITEM(values[i], k)))) { return false; }
-        }
-      }
-    }
-  }
-  return true;
-}
-
 bool Arguments::are_plain(const Record& record) {
   if (!kPlain.isSupersetOf(keys)) { return false; }
-  all(record, [&](const at::Tensor& tensor) {
+  all(record, [&](size_t, const at::Tensor& tensor) {
     first = &tensor;
     return false;
   });
-  return !metadata_ || all(record, [&](const at::Tensor& tensor) {
+  return !metadata_ || all(record, [&](size_t, const at::Tensor& tensor) {
     requires_grad = requires_grad || tensor.requires_grad();
     return !has_tangent(tensor);
   });
 }
 
 bool Arguments::are_contiguous(const Record& record) const {
-  return all(record, [](const at::Tensor& tensor) { return tensor.is_contiguous(); });
+  return all(record, [](size_t, const at::Tensor& tensor) { return tensor.is_contiguous(); });
 }
 
 uint64_t Arguments::numel(const Record& record) const {
   uint64_t sum = 0;
-  all(record, [&](const at::Tensor& tensor) {
+  all(record, [&](size_t, const at::Tensor& tensor) {
     sum += static_cast<uint64_t>(tensor.numel());
     return true;
   });
@@ -183,12 +161,13 @@ bool Arguments::take(const Param& param, size_t place, PyObject* value) {
   return overflow == 0;
 }
 
-// As the dispatcher would, gives the kernel a list of its own.
+// As the dispatcher would, gives the kernel a list of its own; or a tuple, where it expects one.
 bool Arguments::take_list(const Param& param, size_t place, PyObject* value) {
   if (!PyList_CheckExact(value) && !PyTuple_CheckExact(value)) { return false; }
-  Ref own = checked_ref(PySequence_List(value));
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(own.get()); ++i) {
-    PyObject* one = PyList_GET_ITEM(own.get(), i);
+  if (param.length != 0 && PySequence_Fast_GET_SIZE(value) != param.length) { return false; }
+  Ref own = checked_ref(param.length != 0 ? PySequence_Tuple(value) : PySequence_List(value));
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(own.get()); ++i) {
+    PyObject* one = PySequence_Fast_GET_ITEM(own.get(), i);
     if (param.kind == Kind::Tensor ? !THPVariable_CheckExact(one) : !is_kind(param.kind, one)) {
       return false;
     }
@@ -291,11 +270,11 @@ c10::IValue to_ivalue(const Param& param, PyObject* value) {
     return param.kind == Kind::Tensor ? c10::IValue(THPVariable_Unpack(value))
                                       : scalar(param.kind, value);
   }
-  const auto size = static_cast<size_t>(PyList_GET_SIZE(value));
+  const auto size = static_cast<size_t>(PySequence_Fast_GET_SIZE(value));
   const auto fill = [&](auto list, auto convert) {
     list.reserve(size);
     for (size_t i = 0; i < size; ++i) {
-      list.push_back(convert(PyList_GET_ITEM(value, static_cast<Py_ssize_t>(i))));
+      list.push_back(convert(PySequence_Fast_GET_ITEM(value, static_cast<Py_ssize_t>(i))));
     }
     return c10::IValue(std::move(list));
   };
@@ -322,6 +301,10 @@ Ref from_ivalue(const c10::IValue& value) {
 }
 
 Ref from_ivalue(const Param& param, const c10::IValue& value) {
+  if (param.length != 0 && value.isList()) {
+    const Ref list = from_ivalue(value);
+    return checked_ref(PySequence_Tuple(list.get()));
+  }
   if (param.kind != Kind::Dtype || !value.isInt()) { return from_ivalue(value); }
   const auto dtype = static_cast<c10::ScalarType>(value.toInt());
   return Ref::borrow(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype)));

@@ -33,6 +33,10 @@ struct Arguments {
   void wrap(const Record& record, c10::ArrayRef<c10::IValue> stack);
   Ref tuple() const { return tuple_of(values); }
   bool are_contiguous(const Record& record) const;
+  // Whether something holds of all tensors, given with the place of their argument: in the op's order, whatever the
+  // order of the call.
+  template <typename F>
+  bool all(const Record& record, F holds) const;
   // The number of elements of all tensors together.
   uint64_t numel(const Record& record) const;
 
@@ -43,15 +47,34 @@ struct Arguments {
   bool take_list(const Param& param, size_t place, PyObject* value);
   void note(const at::Tensor& tensor);
   bool are_plain(const Record& record);
-  template <typename F>
-  bool all(const Record& record, F holds) const;
 
   bool metadata_ = false;  // whether autograd keeps some for one of the tensors
 };
 
+template <typename F>
+bool Arguments::all(const Record& record, F holds) const {
+  auto list = lists.begin();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i] != nullptr) {
+      if (!holds(i, *tensors[i])) { return false; }
+    } else if (record.params[i].list && record.params[i].kind == Kind::Tensor) {
+      if (values.empty()) {
+        for (const at::Tensor& tensor : *list++) {
+          if (!holds(i, tensor)) { return false; }
+        }
+      } else if (values[i] != Py_None) {
+        for (Py_ssize_t k = 0; k < PyList_GET_SIZE(values[i]); ++k) {
+          if (!holds(i, THPVariable_Unpack(PyList_GET_ITEM(values[i], k)))) { return false; }
+        }
+      }
+    }
+  }
+  return true;
+}
+
 c10::IValue to_ivalue(const Param& param, PyObject* value);
 Ref from_ivalue(const c10::IValue& value);
-// The same of an argument, where torch carries more than one kind of value as an int.
+// The same of an argument, which Python code may see in another form than torch carries it.
 Ref from_ivalue(const Param& param, const c10::IValue& value);
 c10::ScalarType dtype_of(PyObject* object);
 // An int that a kernel or a meta function returned: while an op is traced, a torch.SymInt.

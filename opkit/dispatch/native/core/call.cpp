@@ -38,13 +38,16 @@ Chosen select(Record& record, const Arguments& arguments) {
   kernel->how = static_cast<Kernel::How>(how);
   kernel->owner = Ref::borrow(owner);
   kernel->keeps = Ref::borrow(keeps);
-  if (kernel->how == Kernel::Native) {
+  const bool library = kernel->how == Kernel::Native || kernel->how == Kernel::Filled;
+  if (kernel->how == Kernel::Asked || kernel->how == Kernel::Filled) {
+    kernel->expected = std::make_shared<Expected>();
+  }
+  if (library) {
     const char* name = PyUnicode_AsUTF8(function);
     if (name == nullptr) { throw_python_error(); }
     kernel->handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   } else {
     kernel->function = Ref::borrow(function);
-    if (kernel->how == Kernel::Asked) { kernel->expected = std::make_shared<Expected>(); }
   }
   if (lasting) { record.remember(when, kernel, before); }
   return Chosen(std::move(kernel));
@@ -155,9 +158,8 @@ Returned run_in_python(Record& record, const Arguments& arguments) {
   return finished(record, called(record.run.get(), arguments.values));
 }
 
-// Whether an argument that the op writes into shares its storage with another one.
-bool may_overlap(const Record& record, const Arguments& arguments) {
-  if (record.tensor_lists) { return true; }
+// The same for an op without lists, of which most have few arguments.
+bool one_may_overlap(const Record& record, const Arguments& arguments) {
   for (size_t i = 0; i < record.params.size(); ++i) {
     const at::Tensor* written = arguments.tensors[i];
     if (!record.params[i].mutated || written == nullptr) { continue; }
@@ -170,6 +172,21 @@ bool may_overlap(const Record& record, const Arguments& arguments) {
     }
   }
   return false;
+}
+
+// Whether an argument that the op writes into shares its storage with another one.
+bool may_overlap(const Record& record, const Arguments& arguments) {
+  if (!record.tensor_lists) { return one_may_overlap(record, arguments); }
+  using Place = std::pair<const c10::StorageImpl*, bool>;  // and whether it is written into
+  c10::SmallVector<Place, 64> places;
+  arguments.all(record, [&](size_t i, const at::Tensor& tensor) {
+    places.emplace_back(tensor.storage().unsafeGetStorageImpl(), record.params[i].mutated);
+    return true;
+  });
+  std::sort(places.begin(), places.end());
+  return std::adjacent_find(places.begin(), places.end(), [](const Place& one, const Place& other) {
+           return one.first == other.first && (one.second || other.second);
+         }) != places.end();
 }
 
 Returned run_function(Record& record, const Kernel& kernel, Arguments& arguments) {
@@ -199,12 +216,27 @@ Returned run_function(Record& record, const Kernel& kernel, Arguments& arguments
                   called(record.conform.get(), {kernel.owner.get(), values.get(), returned.get()}));
 }
 
+at::Tensor new_result(const OutputMeta& meta, const at::Tensor& like) {
+  const auto options = at::TensorOptions().dtype(meta.dtype).device(like.device());
+  return meta.strides ? at::empty_strided(meta.shape, *meta.strides, options)
+                      : at::empty(meta.shape, options);
+}
+
 Returned run_library(Record& record, const Kernel& kernel, Arguments& arguments) {
   if (record.mutates && may_overlap(record, arguments)) { return run_in_python(record, arguments); }
-  torch::jit::Stack stack;
+  Expected::Metas said;
+  if (kernel.expected) {
+    said = kernel.expected->of(record, arguments);
+    if (!said) { return run_in_python(record, arguments); }  // only Python can make them
+  }
+  torch::jit::Stack stack, made;
   stack.reserve(record.params.size() + record.results.size());
   for (size_t i = 0; i < record.params.size(); ++i) {
     stack.push_back(to_ivalue(record.params[i], arguments.values[i]));
+  }
+  if (said) {
+    for (const OutputMeta& meta : *said) { made.emplace_back(new_result(meta, *arguments.first)); }
+    stack.insert(stack.end(), made.begin(), made.end());
   }
   try {
     torch::PyWarningHandler warnings;
@@ -231,6 +263,7 @@ Returned run_library(Record& record, const Kernel& kernel, Arguments& arguments)
     }
     throw_python_error();
   }
+  if (said) { stack = std::move(made); }
   if (stack.empty()) { return {Ref::borrow(Py_None), Ref::borrow(Py_None)}; }
   if (stack.size() == 1) { return finished(record, from_ivalue(stack[0])); }
   c10::SmallVector<Ref, 4> owned;
@@ -309,7 +342,8 @@ Returned run(Record& record, const Kernel& kernel, Arguments& arguments) {
   switch (kernel.how) {
     case Kernel::Python:
     case Kernel::Asked: return run_function(record, kernel, arguments);
-    case Kernel::Native: return run_library(record, kernel, arguments);
+    case Kernel::Native:
+    case Kernel::Filled: return run_library(record, kernel, arguments);
     default: return run_in_python(record, arguments);
   }
 }

@@ -134,7 +134,8 @@ std::shared_ptr<Record> read_record(PyObject* object) {
     PyUnicode_InternInPlace(&name);  // as the names in calls are
     record->params.push_back({Ref::steal(name), std::move(fallback),
                               static_cast<Kind>(param.number("kind")), param.truth("list"),
-                              param.truth("optional"), param.truth("mutated")});
+                              param.truth("optional"), param.truth("mutated"),
+                              param.number("length")});
     const Param& last = record->params.back();
     record->mutates = record->mutates || last.mutated;
     record->tensor_lists = record->tensor_lists || (last.list && last.kind == Kind::Tensor);

@@ -37,7 +37,7 @@ void add(std::vector<int64_t>& key, Kind kind, PyObject* value) {
   if (kind == Kind::Tensor) { return add(key, THPVariable_Unpack(value)); }
   key.push_back(kOther);
   if (kind == Kind::Str) { return add_text(key, value); }
-  const c10::IValue plain = to_ivalue({{}, {}, kind, false, false, false}, value);
+  const c10::IValue plain = to_ivalue({{}, {}, kind, false, false, false, 0}, value);
   int64_t bits = 0;
   if (plain.isDouble()) {
     const double number = plain.toDouble();
@@ -60,9 +60,9 @@ void describe(std::vector<int64_t>& key, const Record& record, const Arguments& 
     } else if (!param.list || value == Py_None) {
       add(key, param.kind, value);
     } else {
-      key.push_back(PyList_GET_SIZE(value));
-      for (Py_ssize_t k = 0; k < PyList_GET_SIZE(value); ++k) {
-        add(key, param.kind, PyList_GET_ITEM(value, k));
+      key.push_back(PySequence_Fast_GET_SIZE(value));
+      for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(value); ++k) {
+        add(key, param.kind, PySequence_Fast_GET_ITEM(value, k));
       }
     }
   }

@@ -55,17 +55,18 @@ bool serve(const std::shared_ptr<Record>& record, const State& state, PyObject* 
   if (!arguments.bind(*record, args, static_cast<size_t>(PyVectorcall_NARGS(flags)), keywords) ||
       arguments.first == nullptr || is_overridden(*record, *arguments.first) ||
       (state.autocast && record->autocast) ||
-      (record->mutates && (arguments.requires_grad || record->tensor_lists))) {
+      (record->mutates && arguments.requires_grad && c10::GradMode::is_enabled())) {
     return false;
   }
   const bool derive = arguments.requires_grad && !state.below_autograd &&
                       c10::GradMode::is_enabled() && !record->results.empty();
   const Calling calling(*record);
   const Chosen kernel = select(*record, arguments);
-  for (size_t i = 0; record->mutates && i < record->params.size(); ++i) {
-    if (record->params[i].mutated && arguments.tensors[i] != nullptr) {
-      bump(*arguments.tensors[i]);
-    }
+  if (record->mutates) {
+    arguments.all(*record, [&](size_t i, const at::Tensor& tensor) {
+      if (record->params[i].mutated) { bump(tensor); }
+      return true;
+    });
   }
   returned = derive ? differentiate(record, *kernel, arguments) : run(*record, *kernel, arguments);
   return true;

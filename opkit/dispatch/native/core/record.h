@@ -25,6 +25,8 @@ struct Param {
   bool list;
   bool optional;
   bool mutated;
+  int64_t
+      length;  // of the tuple that Python code sees where a list of just so many is declared; or 0
 
   bool is_tensor() const { return kind == Kind::Tensor && !list; }
 };
@@ -44,6 +46,7 @@ struct Kernel {
     Native,  // a private op of torch, which checks its arguments and allocates its results
     Run,     // Python runs the call: `Record::run`
     Asked,   // as Python, but Python says what the results must be
+    Filled,  // as Native, but its results are made here, as Python says what they must be
   };
 
   How how;
@@ -51,7 +54,7 @@ struct Kernel {
   Kept function;
   std::optional<c10::OperatorHandle> handle;
   Kept keeps;                          // what has to stay for `handle` to be valid
-  std::shared_ptr<Expected> expected;  // where it is Asked
+  std::shared_ptr<Expected> expected;  // where it is Asked or Filled
 };
 
 // What a choice among kernels depends on, where no kernel is asked.
