@@ -29,22 +29,22 @@ struct Planes {
 template <class T>
 void planes_moments(const Planes& of, const opkit::Elements<T>& xs, Moments* moments) {
   opkit::parallel_for(0, of.channels, row_grain(of.per_channel()), [&](int64_t begin, int64_t end) {
-    const Buffer<T> gathered(kChunk);
+    const Buffer<T> gathered(xs.is_contiguous() ? 0 : kChunk);
     for (int64_t c = begin; c < end; ++c) {
-      int64_t held = 0;  // short rows are put together: each join costs a few divisions
+      // Short rows are added up together: each join costs a few divisions.
+      int64_t held = 0;
+      Wide<T> near = 0;
+      double sums[2] = {0, 0};
       const auto join = [&] {
-        if (held) moments[c].add(gathered.data(), held);
-        held = 0;
+        if (held) moments[c].join_around(double(held), double(near), sums);
+        held = 0, sums[0] = sums[1] = 0;
       };
       for (int64_t s = 0; s < of.samples; ++s)
         of.chunks(s * of.channels + c, [&](int64_t at, int64_t n) {
           if (held + n > kChunk) join();
-          T* to = gathered.data() + held;
-          const T* from = xs.read(at, n, to);
-          if (n >= kChunk / 4) return moments[c].add(from, n);
-          if (from != to)
-#pragma GCC ivdep
-            for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+          const T* row = xs.read(at, n, gathered.data());
+          if (!held) near = near_mean(row, n);
+          add_deviations(row, n, near, sums);
           held += n;
         });
       join();

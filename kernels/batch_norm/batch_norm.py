@@ -85,9 +85,9 @@ def batch_norm(
     count = x.numel() // x.shape[1] if x.shape[1] else 0
     rstd = torch.rsqrt(squares / count + eps) if count else torch.full_like(mean, torch.nan)
     if count:
-        running_mean.copy_(torch.lerp(running_mean.to(wide.dtype), mean, momentum))
+        running_mean.copy_(torch.lerp(running_mean.to(wide.dtype), mean.detach(), momentum))
         unbiased = squares / (count - 1) if count > 1 else mean * torch.nan
-        running_var.copy_(torch.lerp(running_var.to(wide.dtype), unbiased, momentum))
+        running_var.copy_(torch.lerp(running_var.to(wide.dtype), unbiased.detach(), momentum))
     y = centred * _per_channel(rstd, wide)
     y = y if weight is None else y * _per_channel(weight, wide)
     y = y if bias is None else y + _per_channel(bias, wide)

@@ -60,25 +60,12 @@ void layer_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, opkit::Tensor we
               const T* row = xs.read(r * n, n, x_row.data());
               const T* g = grads.read(r * n, n, grad_row.data());
               const A near = near_mean(row, n);
-              double sum = 0, squares = 0, total = 0, dot = 0;
-              for (int64_t start = 0; start < n; start += kChunk) {
-                const int64_t stop = start + kChunk < n ? start + kChunk : n;
-                A d_sum = 0, d_squares = 0, g_sum = 0, g_dot = 0;
-#pragma omp simd reduction(+ : d_sum, d_squares, g_sum, g_dot)
-                for (int64_t i = start; i < stop; ++i) {
-                  const A d = A(row[i]) - near, gw = A(g[i]) * w[i];
-                  d_sum += d;
-                  d_squares += d * d;
-                  g_sum += gw;
-                  g_dot += gw * d;
-                }
-                sum += d_sum, squares += d_squares, total += g_sum, dot += g_dot;
-              }
-              const double count = double(n), shift = sum / count;
-              const double factor = 1 / sqrt(squares / count - shift * shift + eps);
-              const A centre = A(double(near) + shift), scale = A(factor);
-              const A level = A(total / count),
-                      slope = A((dot - shift * total) * factor * factor / count);
+              GradientSums sums;
+              sums.add(row, n, near, [g, w](int64_t i) { return A(g[i]) * w[i]; });
+              const double count = double(n), factor = sums.rstd(count, eps);
+              const A centre = A(double(near) + sums.d / count), scale = A(factor);
+              const A level = A(sums.grad / count),
+                      slope = A(sums.centred(count) * factor * factor / count);
               T* out = grad_xs + r * n;
 #pragma GCC ivdep
               for (int64_t i = 0; i < n; ++i) {

@@ -7,8 +7,8 @@ namespace opkit_kernels {
 
 // Numbers that one loop adds up, a few thousand at most: longer sums go on in double.
 constexpr int64_t kChunk = 4096;
-// The same where terms of either sign come, whose sum is small beside what is lost.
-constexpr int64_t kShort = 256;
+// The same for one lane of a vector, where terms of either sign come: their sum is small beside what is lost.
+constexpr int64_t kFew = 16;
 
 // The sum of x, from both halves at once: additions to one sum wait for each other.
 template <class T>
@@ -51,6 +51,56 @@ void add_blocks(const A* partial, int64_t blocks, int64_t n, const opkit::Tensor
   });
 }
 
+// sums[k] += the sum of terms[k] over i = 0 ... n - 1, as body(i, terms) sets them: in lanes, of which none adds more
+// than a few terms before it goes on in double.
+template <class A, int kCount, class Body>
+void add_up(int64_t n, double (&sums)[kCount], const Body& body) {
+  constexpr int64_t kLanes = 128 / sizeof(A), kBlock = kFew * kLanes;
+  double wide[kCount][kLanes] = {};
+  int64_t at = 0;
+  while (at + kLanes <= n) {
+    const int64_t end = at + kBlock < n ? at + kBlock : at + (n - at) / kLanes * kLanes;
+    A lanes[kCount][kLanes] = {};
+    for (; at < end; at += kLanes)
+      for (int64_t j = 0; j < kLanes; ++j) {
+        A terms[kCount];
+        body(at + j, terms);
+        for (int k = 0; k < kCount; ++k) lanes[k][j] += terms[k];
+      }
+    for (int k = 0; k < kCount; ++k)
+      for (int64_t j = 0; j < kLanes; ++j) wide[k][j] += double(lanes[k][j]);
+  }
+  for (int k = 0; k < kCount; ++k) {
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (int64_t j = 0; j < half; ++j) wide[k][j] += wide[k][j + half];
+    sums[k] += wide[k][0];
+  }
+  for (; at < n; ++at) {
+    A terms[kCount];
+    body(at, terms);
+    for (int k = 0; k < kCount; ++k) sums[k] += double(terms[k]);
+  }
+}
+
+// A number near the mean of x: the mean of the first few.
+template <class T>
+Wide<T> near_mean(const T* x, int64_t n) {
+  constexpr int64_t kStart = 64;
+  n = n < kStart ? n : kStart;
+  return n > 0 ? sum_of(x, n) / Wide<T>(n) : 0;
+}
+
+// sums += those of d = x - near and d^2.
+template <class T>
+void add_deviations(const T* x, int64_t n, Wide<T> near, double (&sums)[2]) {
+  using A = Wide<T>;
+  add_up<A>(n, sums, [x, near](int64_t i, A(&terms)[2]) {
+    const A deviation = A(x[i]) - near;
+    terms[0] = deviation;
+    terms[1] = deviation * deviation;
+  });
+}
+
 // Mean and sum of squared deviations of numbers that come in chunks, which are joined in double (Chan, Golub and
 // LeVeque, "Algorithms for computing the sample variance", 1983).
 struct Moments {
@@ -60,21 +110,17 @@ struct Moments {
   void add(const T* x, int64_t n) {
     using A = Wide<T>;
     for (; n > kChunk; n -= kChunk, x += kChunk) add(x, kChunk);
-    const A centre = sum_of(x, n) / A(n);
-    double own = 0, rest = 0;  // the rest is what rounding the centre leaves
-    for (int64_t at = 0; at < n; at += kShort) {
-      const int64_t end = at + kShort < n ? at + kShort : n;
-      A some = 0, left = 0;
-#pragma omp simd reduction(+ : some, left)
-      for (int64_t i = at; i < end; ++i) {
-        const A deviation = A(x[i]) - centre;
-        some += deviation * deviation;
-        left += deviation;
-      }
-      own += double(some), rest += double(left);
-    }
-    const double shift = rest / double(n);
-    join(double(n), double(centre) + shift, own - rest * shift);
+    if (n <= 0) return;
+    const A near = near_mean(x, n);
+    double sums[2] = {0, 0};
+    add_deviations(x, n, near, sums);
+    join_around(double(n), double(near), sums);
+  }
+
+  // Joins n numbers by their sums of d = x - near and d^2.
+  void join_around(double n, double near, const double (&sums)[2]) {
+    const double shift = sums[0] / n;
+    join(n, near + shift, sums[1] - sums[0] * shift);
   }
 
   void join(double n, double other_mean, double other_squares) {
@@ -87,14 +133,6 @@ struct Moments {
   double average() const { return count > 0 ? mean : __builtin_nan(""); }
   double variance() const { return squares / count; }
 };
-
-// A number near the mean of x: the mean of its first chunk.
-template <class T>
-Wide<T> near_mean(const T* x, int64_t n) {
-  using A = Wide<T>;
-  n = n < kChunk ? n : kChunk;
-  return n > 0 ? sum_of(x, n) / A(n) : 0;
-}
 
 // (x - centre) scale + shift = (x - mean) scale + bias, rounded as few times as can be: a mean that is small beside the
 // deviation is left to the shift, as x - 0 is exact; of another one the difference is, nearly, and what rounding the
@@ -119,18 +157,22 @@ struct GradientSums {
 
   template <class T>
   void add(const T* x, const T* g, int64_t n, Wide<T> near) {
+    add(x, n, near, [g](int64_t i) { return Wide<T>(g[i]); });
+  }
+
+  // grad_of(i) is the gradient for x[i].
+  template <class T, class Gradient>
+  void add(const T* x, int64_t n, Wide<T> near, const Gradient& grad_of) {
     using A = Wide<T>;
-    for (; n > kShort; n -= kShort, x += kShort, g += kShort) add(x, g, kShort, near);
-    A d_sum = 0, d_squares = 0, g_sum = 0, g_dot = 0;
-#pragma omp simd reduction(+ : d_sum, d_squares, g_sum, g_dot)
-    for (int64_t i = 0; i < n; ++i) {
-      const A deviation = A(x[i]) - near, grad = A(g[i]);
-      d_sum += deviation;
-      d_squares += deviation * deviation;
-      g_sum += grad;
-      g_dot += grad * deviation;
-    }
-    d += d_sum, squares += d_squares, this->grad += g_sum, dot += g_dot;
+    double sums[4] = {d, squares, grad, dot};
+    add_up<A>(n, sums, [x, near, &grad_of](int64_t i, A(&terms)[4]) {
+      const A deviation = A(x[i]) - near, of_it = grad_of(i);
+      terms[0] = deviation;
+      terms[1] = deviation * deviation;
+      terms[2] = of_it;
+      terms[3] = of_it * deviation;
+    });
+    d = sums[0], squares = sums[1], grad = sums[2], dot = sums[3];
   }
 
   // The sum of g (x - mean).
