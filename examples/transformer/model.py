@@ -109,20 +109,19 @@ class Block(nn.Module):
     def __init__(self, size: Size, ops: Ops) -> None:
         super().__init__()
         self.ops, self.heads = ops, size.heads
-        self.qkv = nn.Linear(size.width, 3 * size.width, bias=False)
+        self.q, self.k, self.v = (nn.Linear(size.width, size.width, bias=False) for _ in range(3))
         self.out = nn.Linear(size.width, size.width, bias=False)
         self.norm = nn.Parameter(torch.ones(size.width))
-        self.expand = nn.Linear(size.width, 2 * 3 * size.width, bias=False)
+        self.gate, self.up = (nn.Linear(size.width, 3 * size.width, bias=False) for _ in range(2))
         self.down = nn.Linear(3 * size.width, size.width, bias=False)
 
     def forward(self, x: Tensor, total: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Take the normalised total and the total itself; return what is to be added to the second result."""
         x, total = self.ops.add_rms_norm(self.attend(x, cos, sin).to(total.dtype), total, self.norm)
-        gate, up = self.expand(x).chunk(2, -1)
-        return self.down(self.ops.swiglu(gate, up)), total
+        return self.down(self.ops.swiglu(self.gate(x), self.up(x))), total
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
         q, k = self.ops.rope(q, k, cos, sin)
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
