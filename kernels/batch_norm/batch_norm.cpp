@@ -16,13 +16,6 @@ struct Planes {
   }
   int64_t per_channel() const { return samples * inner; }
   int64_t count() const { return samples * channels; }
-
-  // Call body(first element, number of elements) for the chunks of a channel of a sample.
-  template <class Body>
-  void chunks(int64_t plane, const Body& body) const {
-    for (int64_t at = 0; at < inner; at += kChunk)
-      body(plane * inner + at, inner - at < kChunk ? inner - at : kChunk);
-  }
 };
 
 // Mean and squared deviations of every channel, where a channel has more than an element in a sample.
@@ -40,7 +33,7 @@ void planes_moments(const Planes& of, const opkit::Elements<T>& xs, Moments* mom
         held = 0, sums[0] = sums[1] = 0;
       };
       for (int64_t s = 0; s < of.samples; ++s)
-        of.chunks(s * of.channels + c, [&](int64_t at, int64_t n) {
+        in_chunks((s * of.channels + c) * of.inner, of.inner, [&](int64_t at, int64_t n) {
           if (held + n > kChunk) join();
           const T* row = xs.read(at, n, gathered.data());
           if (!held) near = near_mean(row, n);
@@ -140,7 +133,7 @@ void normalise(const Planes& of, const opkit::Elements<T>& xs, const A* centre, 
           }
           const A middle = centre[p % of.channels], factor = scale[p % of.channels],
                   level = shift[p % of.channels];
-          of.chunks(p, [&](int64_t at, int64_t n) {
+          in_chunks(p * of.inner, of.inner, [&](int64_t at, int64_t n) {
             const T* row = xs.read(at, n, gathered.data());
             T* to = out + at;
 #pragma GCC ivdep
@@ -191,7 +184,7 @@ void planes_sums(const Planes& of, const opkit::Elements<T>& xs, const opkit::El
         grad_row(grads.is_contiguous() ? 0 : kChunk);
     for (int64_t c = begin; c < end; ++c)
       for (int64_t s = 0; s < of.samples; ++s)
-        of.chunks(s * of.channels + c, [&](int64_t at, int64_t n) {
+        in_chunks((s * of.channels + c) * of.inner, of.inner, [&](int64_t at, int64_t n) {
           sums[c].add(xs.read(at, n, x_row.data()), grads.read(at, n, grad_row.data()), n,
                       Wide<T>(means[c]));
         });
@@ -268,7 +261,7 @@ void differentiate(const Planes& of, const opkit::Elements<T>& xs, const opkit::
           }
           const int64_t c = p % of.channels;
           const A middle = centre[c], height = level[c], tilt = slope[c], factor = scale[c];
-          of.chunks(p, [&](int64_t at, int64_t n) {
+          in_chunks(p * of.inner, of.inner, [&](int64_t at, int64_t n) {
             const T* row = xs.read(at, n, x_row.data());
             const T* g = grads.read(at, n, grad_row.data());
             T* to = out + at;

@@ -18,13 +18,6 @@ struct Groups {
     elements = channels_each * inner;
   }
   int64_t count() const { return samples * groups; }
-
-  // Call body(first element, number of elements) for the chunks of a channel of a sample.
-  template <class Body>
-  void chunks(int64_t plane, const Body& body) const {
-    for (int64_t at = 0; at < inner; at += kChunk)
-      body(plane * inner + at, inner - at < kChunk ? inner - at : kChunk);
-  }
 };
 
 void group_norm(opkit::Tensor x, int64_t groups, opkit::Tensor weight, opkit::Tensor bias,
@@ -54,7 +47,7 @@ void group_norm(opkit::Tensor x, int64_t groups, opkit::Tensor weight, opkit::Te
           const Normaliser<A> by(moments.mean, factor, weights.data()[channel],
                                  biases.data()[channel]);
           const A centre = by.centre, scale = by.scale, shift = by.shift;
-          of.chunks(g * of.channels_each + c, [&](int64_t at, int64_t n) {
+          in_chunks((g * of.channels_each + c) * of.inner, of.inner, [&](int64_t at, int64_t n) {
             const T* row = xs.read(at, n, gathered.data());
             T* out = ys + at;
 #pragma GCC ivdep
@@ -92,7 +85,7 @@ void group_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, int64_t groups,
         GradientSums group;
         for (int64_t c = 0; c < of.channels_each; ++c) {
           GradientSums channel;
-          of.chunks(first + c, [&](int64_t at, int64_t n) {
+          in_chunks((first + c) * of.inner, of.inner, [&](int64_t at, int64_t n) {
             channel.add(xs.read(at, n, x_row.data()), grads.read(at, n, grad_row.data()), n, near);
           });
           group.d += channel.d, group.squares += channel.squares;
@@ -108,7 +101,7 @@ void group_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, int64_t groups,
         for (int64_t c = 0; c < of.channels_each; ++c) {
           for_weight.data()[first + c] -= shift * for_bias.data()[first + c];
           for_weight.data()[first + c] *= factor;
-          of.chunks(first + c, [&](int64_t at, int64_t n) {
+          in_chunks((first + c) * of.inner, of.inner, [&](int64_t at, int64_t n) {
             const T* row = xs.read(at, n, x_row.data());
             const T* grad = grads.read(at, n, grad_row.data());
             T* out = grad_xs + at;

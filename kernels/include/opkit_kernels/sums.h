@@ -10,6 +10,12 @@ constexpr int64_t kChunk = 4096;
 // The same for one lane of a vector, where terms of either sign come: their sum is small beside what is lost.
 constexpr int64_t kFew = 16;
 
+// Call body(place, count) for the chunks of n numbers from a place on.
+template <class Body>
+void in_chunks(int64_t place, int64_t n, const Body& body) {
+  for (int64_t at = 0; at < n; at += kChunk) body(place + at, n - at < kChunk ? n - at : kChunk);
+}
+
 // The sum of x, from both halves at once: additions to one sum wait for each other.
 template <class T>
 Wide<T> sum_of(const T* x, int64_t n) {
