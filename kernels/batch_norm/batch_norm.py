@@ -149,7 +149,7 @@ batch_norm.register_autograd(
     saves=("x", "weight", "bias", "mean", "eps"),
     non_differentiable=("mean", "rstd", "running_mean", "running_var"),
 )
-batch_norm_backward.register_autograd(opkit.from_reference, non_differentiable=("bias", "mean"))
+batch_norm_backward.register_autograd(opkit.from_reference, non_differentiable=("mean",))
 
 for _op in (batch_norm, batch_norm_backward):
     register_files(_op)

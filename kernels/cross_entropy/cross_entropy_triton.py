@@ -64,7 +64,12 @@ def _backward(
     high = own.to(WIDE)
     low = tl.where(tl.abs(own) == float("inf"), 0.0, own - high.to(tl.float64)).to(WIDE)
     x = tl.load(logits + row * row_step + at * step, mask=at < n, other=0).to(WIDE)
-    grad = of_lse.to(WIDE) * tl.exp(x - high - low)
+    apart = x - high
+    part = apart - x
+    rest = (x - (apart - part)) - (high + part) - low  # what rounding lost (Knuth's two-sum), far below 1
+    power = tl.exp(apart)
+    power += tl.where(tl.abs(apart) == float("inf"), 0.0, power * rest).to(WIDE)
+    grad = of_lse.to(WIDE) * power
     if SMOOTHING > 0:
         grad -= (g * smoothing / n).to(WIDE)
     grad -= tl.where((at == label) & (label != IGNORED), (g * (1 - smoothing)).to(WIDE), 0.0)

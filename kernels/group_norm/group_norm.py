@@ -145,7 +145,7 @@ group_norm.register_autograd(
     saves=("x", "groups", "weight", "bias", "eps"),
     non_differentiable=("mean", "rstd"),
 )
-group_norm_backward.register_autograd(opkit.from_reference, non_differentiable=("bias",))
+group_norm_backward.register_autograd(opkit.from_reference)
 group_norm.register_jvp(opkit.from_reference)
 
 for _op in (group_norm, group_norm_backward):

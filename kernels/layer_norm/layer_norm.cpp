@@ -62,7 +62,8 @@ void layer_norm_backward(opkit::Tensor grad_y, opkit::Tensor x, opkit::Tensor we
               const A near = near_mean(row, n);
               GradientSums sums;
               sums.add(row, n, near, [g, w](int64_t i) { return A(g[i]) * w[i]; });
-              const double count = double(n), factor = sums.rstd(count, eps);
+              const double count = double(n);
+              const double factor = n > 1 ? sums.rstd(count, eps) : 0;  // one element is its bias
               const A centre = A(double(near) + sums.d / count), scale = A(factor);
               const A level = A(sums.grad / count),
                       slope = A(sums.centred(count) * factor * factor / count);

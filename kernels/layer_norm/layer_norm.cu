@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kRowThreads)
       }
     });
     block_sums(totals);
-    const A scale = 1 / sqrt(totals[0] / A(n) + eps);
+    const A scale = n > 1 ? 1 / sqrt(totals[0] / A(n) + eps) : A(0);  // one element is its bias
     const A slope = totals[1] * scale * scale / A(n);
     const OutRow<T> out(grad_x + r * n, n);
     row.each([&](int p, int64_t i, const Pack<T>& x) {

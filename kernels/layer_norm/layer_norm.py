@@ -110,7 +110,7 @@ layer_norm.register_autograd(
     saves=("x", "weight", "bias", "eps"),
     non_differentiable=("mean", "rstd"),
 )
-layer_norm_backward.register_autograd(opkit.from_reference, non_differentiable=("bias",))
+layer_norm_backward.register_autograd(opkit.from_reference)
 layer_norm.register_jvp(opkit.from_reference)
 
 for _op in (layer_norm, layer_norm_backward):

@@ -102,6 +102,7 @@ def _backward(
             squares += value * value
             dots += grad * _column(weight, at, n, 1, WEIGHT, WIDE) * value
         scale = 1 / tl.sqrt(tl.sum(squares) / n + tl.full((), EPS, WIDE))
+        scale = tl.where(n > 1, scale, 0.0).to(WIDE)  # one element is its bias
         slope = tl.sum(dots) * scale * scale / n
         out = grad_x + row * n
         result = scale * (g_held * w_held - level - held * slope)

@@ -44,11 +44,11 @@ def _forward(
         places = tl.where(slots == i, place.to(tl.int64), places)
         keys = tl.where(columns == place, LEAST, keys)
     top = tl.sum(tl.where(slots == 0, chosen, 0.0).to(WIDE), 0)
-    powers = tl.exp(chosen - top)
+    powers = tl.exp(chosen.to(tl.float64) - top.to(tl.float64))  # few, and the fast one is 2 ulp off
     if NORMALISE:
-        total = tl.sum(tl.where(slots < k, powers, 0.0).to(WIDE), 0)
+        total = tl.sum(tl.where(slots < k, powers, 0.0).to(tl.float64), 0)
     else:
-        total = tl.sum(tl.where(exists, tl.exp(x - top), 0.0).to(WIDE), 0)
+        total = tl.sum(tl.where(exists, tl.exp(x - top), 0.0).to(WIDE), 0).to(tl.float64)
     tl.store(weights + row * k + slots, (powers / total).to(weights.dtype.element_ty), mask=slots < k)
     tl.store(indices + row * k + slots, places, mask=slots < k)
 

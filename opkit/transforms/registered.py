@@ -112,6 +112,12 @@ def _check_names(schema: Schema, non_differentiable: Sequence[str]) -> None:
                 schema, "the gradient", f"non_differentiable names {name!r}", f"one of {', '.join(names)}",
                 "Name arguments or outputs of the op",
             )  # fmt: skip
+        if names.count(name) > 1:
+            raise _error(
+                schema, "the gradient", f"non_differentiable names {name!r}, an argument and an output",
+                "a name that says which of them has no gradient",
+                f"Rename one of them, or return None for {name} in a formula of your own",
+            )  # fmt: skip
 
 
 def _error(schema: Schema, what: str, found: str, expected: str, advice: str) -> RegistrationError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
@@ -136,3 +137,26 @@ def test_exported_program_is_saved_and_loaded(op, args):
     found = torch.export.load(stream).module()(*args)
     assert type(found) is type(op(*args))
     torch.testing.assert_close(found, op(*args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "group_norm", "batch_norm"])
+def test_second_derivatives_for_a_bias(name):
+    x, weight = torch.randn(4, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    others = {
+        "layer_norm": ((), ()),
+        "group_norm": ((2,), ()),
+        "batch_norm": ((), (torch.zeros(6).double(), torch.ones(6).double())),
+    }
+    before, after = others[name]
+
+    def loss(function, bias):
+        copies = (t.clone() for t in after)
+        return function(x, *before, weight, bias, *copies)[0].pow(4).sum()
+
+    op, bias = getattr(opkit_kernels, name), torch.rand(6, dtype=torch.float64, requires_grad=True)
+    found, expected = (
+        torch.autograd.functional.hessian(functools.partial(loss, f), bias.detach())
+        for f in (op, op.reference)
+    )
+    assert expected.diagonal().min() > 0
+    torch.testing.assert_close(found, expected)

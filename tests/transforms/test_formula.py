@@ -405,6 +405,22 @@ def test_formula_op_that_does_not_fit_is_refused(op, signature, results, options
         op.register_autograd(backward_op(signature, results), **options)
 
 
+def test_name_of_an_argument_and_an_output_does_not_say_which_is_constant(registry):
+    class Gradients(NamedTuple):
+        x: Tensor
+
+    @opkit.op("t::same", shapes="n -> n")
+    def same(x: Tensor) -> Gradients:
+        return Gradients(x * x)
+
+    with pytest.raises(
+        opkit.RegistrationError,
+        match="non_differentiable names 'x', an argument and an output; expected a name that says which of them has no "
+        "gradient. Rename one of them, or return None for x in a formula of your own",
+    ):
+        same.register_autograd(opkit.from_reference, non_differentiable=["x"])
+
+
 @pytest.mark.parametrize(
     ("args", "options", "text"),
     [
