@@ -20,6 +20,8 @@ hypothesis.settings.register_profile("opkit", deadline=None)
 hypothesis.settings.register_profile("soak", deadline=None, max_examples=5000, print_blob=True)
 hypothesis.settings.load_profile("opkit")
 
+pytest_plugins = ["opkit.testing.pytest_plugin"]  # in a checkout that was installed before there was one
+
 _ROOT = Path(__file__).parent
 _PARSER = doctest.DocTestParser()
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -10,7 +10,7 @@ from setuptools import Distribution, find_namespace_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 FOLDERS = {"opkit": "opkit", "opkit_kernels": "kernels"}
-NO_PACKAGES = ("*include*", "*__pycache__*", "dispatch.native.*", "plugins.templates*")
+NO_PACKAGES = ("*include*", "*__pycache__*", "dispatch.native.*", "plugins.templates*", "cli.templates*")
 IS_CARRYING = any(Path(__file__).parent.glob("opkit/dispatch/native/prebuilt/*.so"))
 
 

@@ -43,6 +43,8 @@ from opkit_kernels.topk_softmax.topk_softmax import topk_softmax as topk_softmax
 from opkit_kernels.topk_softmax.topk_softmax import topk_softmax_backward as topk_softmax_backward
 from opkit_kernels.vector_add.vector_add import vector_add as vector_add
 
+from opkit_kernels import _samples as _samples  # isort: skip  (of the ops above)
+
 __all__ = [
     "AddRMSNorm",
     "BatchNorm",

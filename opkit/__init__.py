@@ -41,6 +41,7 @@ from opkit.errors import ShapeError as ShapeError
 from opkit.errors import VmapError as VmapError
 
 if TYPE_CHECKING:
+    from opkit import bench as bench
     from opkit import cpp as cpp
     from opkit import plugins as plugins
     from opkit import testing as testing
@@ -67,6 +68,7 @@ _LAZY = {
     "Explanation": "opkit.dispatch.select",
     "Op": "opkit._op",
     "adopt": "opkit._adopt",
+    "bench": "",
     "cpp": "",
     "declare": "opkit._declare",
     "decompositions": "opkit._compiled",
@@ -85,12 +87,17 @@ _LAZY = {
     "use_backend": "opkit.dispatch.preference",
 }
 
+# What other programs ask for, and users do not: IPython for `%load_ext opkit`.
+_ASKED = {"load_ipython_extension": "opkit.notebook"}
+
 __all__ = sorted(
     [*_LAZY, "errors", *(n for n, v in vars(errors).items() if isinstance(v, type) and n.endswith("Error"))]
 )
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ASKED:
+        return getattr(importlib.import_module(_ASKED[name]), name)
     if name not in _LAZY:
         raise AttributeError(f"module 'opkit' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name] or f"opkit.{name}")
@@ -111,5 +118,11 @@ def _plugins() -> None:
     importlib.import_module("opkit.plugins.loader").load_when_needed()
 
 
+def _advice(op: str, device: str, dtype: str | None, lone: bool) -> str:
+    found: str = importlib.import_module("opkit.plugins.advice").for_op(op, device, dtype, lone=lone)
+    return found
+
+
 _sources.install(_built_in, ops_only=True)
 _sources.install(_plugins)
+_sources.advise(_advice)

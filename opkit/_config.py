@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opkit.errors import ConfigError
+from opkit.errors import ConfigError, did_you_mean
 
 _FALSE = ("0", "false", "no", "off")
 _TRUE = ("1", "true", "yes", "on", "all")
@@ -124,6 +124,30 @@ def _twin(variable: Variable, text: str) -> str:
     )
 
 
+ROOMS = ("build", "cache", "native", "plugins", "select", "tune")
+_LEVELS = {"+": 10, "": 20, "-": 40}  # DEBUG, INFO and ERROR of `logging`
+
+
+def _rooms(variable: Variable, text: str) -> dict[str, int]:
+    """Return the level that each room that is named logs at.
+
+    >>> _rooms(VARIABLES["OPKIT_LOGS"], "+build,select")
+    {'build': 10, 'select': 20}
+    """
+    levels: dict[str, int] = {}
+    for part in _names(variable, text):
+        sign = part[0] if part[0] in "+-" else ""
+        name = part[len(sign) :].strip()
+        if name not in (*ROOMS, "all"):
+            raise ConfigError(
+                f"reading {variable.name}: found {part!r}; expected one of {', '.join((*ROOMS, 'all'))}, with + before "
+                f"it for more and - for errors only.{did_you_mean(name, (*ROOMS, 'all'))} It says: "
+                f"{variable.meaning}. Unset it or use a legal value."
+            )
+        levels.update(dict.fromkeys(ROOMS if name == "all" else (name,), _LEVELS[sign]))
+    return levels
+
+
 def _folder(variable: Variable, text: str) -> Path:
     if text:  # absolute, or it would be another folder after os.chdir
         folder = os.path.expanduser(text)  # much cheaper than asking Path
@@ -203,6 +227,7 @@ VARIABLES = {
             "seconds that a call of a plugin, or the trial of its library, may take (0: any number)",
             _seconds,
         ),
+        Variable("OPKIT_LOGS", "", "what opkit tells of its work on stderr: +build,select", _rooms),
         Variable(
             "OPKIT_PLUGINS_PARENT",
             "",

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 
-from opkit import _registry, _torch_library
+from opkit import _html, _registry, _torch_library
 from opkit._compiled import Compiled, before_trace
 from opkit._kernels import HasKernels
 from opkit._rules import HasRules
@@ -155,6 +155,13 @@ class Op(Door, HasKernels[P, R], HasRules[P, R], HasVariants[P, R]):
         parts = [f"{device}: {', '.join(names)}" for device, names in devices.items()]
         last = "no reference" if self._table.declared else "reference"
         return f"<opkit.Op {self.name} ({'; '.join([*parts, last])})>"
+
+    def _repr_html_(self) -> str:
+        name, plan = self.name, self._meta.plan
+        lines = [_html.titled(name, str(self.schema).removeprefix(name))]
+        lines += [_html.titled("shapes", f" {plan.line}")] if plan is not None else []
+        rows = [(k.device, k.backend, k.status, k.reason, k.source) for k in self.kernels]
+        return "".join([*lines, _html.table(("device", "backend", "status", "reason", "source"), rows)])
 
     def __reduce__(self) -> Any:
         return _restore, (self.__module__, self.name)

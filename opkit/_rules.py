@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -13,7 +14,8 @@ from opkit.dispatch.meta import Meta
 from opkit.dispatch.native.path import Path
 from opkit.dispatch.run import Runner
 from opkit.dispatch.table import KernelTable
-from opkit.spec.schema import Schema, check_signature
+from opkit.errors import RegistrationError
+from opkit.spec.schema import Schema, check_signature, describe
 from opkit.transforms import registered
 from opkit.transforms.autocast import Autocast
 from opkit.transforms.formula import Formula
@@ -43,6 +45,7 @@ class HasRules(Generic[P, R]):
     _effects: bool
     _compiled: Compiled
     _path: Path
+    _samples: Callable[..., Any] | None = None  # what `register_samples` was given
     _library: torch.library.Library
     _defined: list[tuple[str, _torch_library.Overload]]
 
@@ -266,6 +269,47 @@ class HasRules(Generic[P, R]):
         for _, target in self._defined:
             self._sharding.tell_torch(target)
         return rule
+
+    def register_samples(self, function: F) -> F:
+        """Give calls to check the op with, in the place of those that its shape line gives. Also a decorator.
+
+        It says what a declaration cannot: which values an index has, or that one size divides another.
+        `opkit.testing.check(op)` makes the calls, the first one in other dtypes and layouts too.
+
+        Args:
+            function: called without arguments, or with the device type as a str. It returns a list of calls, each a
+                tuple of arguments, or a pair of them and of keyword arguments.
+
+        Raises:
+            RegistrationError: it is no function, or takes more than a device.
+
+        Example:
+            >>> import opkit, torch
+            >>> @opkit.op("doc::take", shapes="n, m:int64 -> m:x")
+            ... def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            ...     return x[index]
+            >>> @take.register_samples
+            ... def _(device):
+            ...     return [(torch.randn(5, device=device), torch.tensor([0, 4, 2], device=device))]
+            >>> opkit.testing.check(take).ok
+            True
+        """
+        name = self.schema.name
+        if not callable(function):
+            raise RegistrationError(
+                f"registering samples of {name}: found {function!r}; expected a function that returns a list of "
+                "calls. Pass lambda: [(x, y)].",
+                op=name,
+            )
+        count = len([p for p in inspect.signature(function).parameters.values() if p.default is p.empty])
+        if count > 1:
+            raise RegistrationError(
+                f"registering samples of {name}: found {describe(function)} with {count} arguments; expected a "
+                "function of none, or of the device type. Change its parameters.",
+                op=name,
+            )
+        self._samples = function
+        return function
 
     def _implement_autocast(self, name: str, target: _torch_library.Overload, device_type: str) -> None:
         key = f"Autocast{_torch.dispatch_key(device_type)}"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 _ops: list[Callable[[], None]] = []
 _kernels: list[Callable[[], None]] = []
+_advisers: list[Callable[[str, str, str | None, bool], str]] = []
 _listeners: list[Callable[[], None]] = []
 # Sources being called now: by which thread, and the lists that they were taken from.
 _running: list[tuple[int, Callable[[], None], list[list[Callable[[], None]]]]] = []
@@ -27,6 +28,19 @@ def install(source: Callable[[], None], *, ops_only: bool = False) -> None:
             _kernels.append(source)
     for listener in _listeners:
         listener()
+
+
+def advise(adviser: Callable[[str, str, str | None, bool], str]) -> None:
+    """Ask `adviser` who has a kernel for an op, a device and a dtype, where there is none.
+
+    The last argument says whether the op has no kernel at all, as many have none and need none.
+    """
+    _advisers.append(adviser)
+
+
+def advice(op: str, device: str, dtype: str | None, *, lone: bool) -> str:
+    """Return who has a kernel, as sentences; nothing where nobody has."""
+    return next(filter(None, (adviser(op, device, dtype, lone) for adviser in _advisers)), "")
 
 
 def listen(listener: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -294,6 +294,27 @@ def is_plain(values: Sequence[Any]) -> bool:
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured, which takes in whatever runs."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+# ---------------------------------------------------------------- torch.profiler
+
+
+def is_profiled() -> bool:
+    """Whether some profile is taken in this process, by torch.profiler or emit_nvtx.
+
+    torch keeps this flag for such questions (torch/autograd/profiler.py).
+    """
+    return profiler._is_profiler_enabled
+
+
+def in_profile(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose run has a name in the profile that is taken (torch/_inductor does the same)."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._profiler._RecordFunctionFast(name):
+            return function(*args, **kwargs)
+
+    return run
 
 
 # ---------------------------------------------------------------- torch.autocast

@@ -119,3 +119,15 @@ def outside_compiled_autograd(function: Callable[..., Any], *given: Any) -> Any:
 
     with _disable():
         return function(*given)
+
+
+def find_backend(name: str) -> Callable[..., Any]:
+    """Return a backend of torch.compile by its name, for one that does something more.
+
+    torch.compile takes a name or a function, and has no way to wrap the one in the other
+    (torch/_dynamo/backends/registry.py).
+    """
+    from torch._dynamo.backends.registry import lookup_backend
+
+    found: Callable[..., Any] = lookup_backend(name)
+    return found

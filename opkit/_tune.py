@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import benchmark
 
-from opkit import _cases, _frozen
+from opkit import _cases, _frozen, _logs
 from opkit._cases import Case
 from opkit._op import Op
 from opkit.cpp import _progress
@@ -30,6 +30,7 @@ from opkit.dispatch.preference import use_backend
 from opkit.errors import ArgumentError, OutputError
 from opkit.spec.schema import tensors
 
+_LOG = _logs.logger("tune")
 _BLOCK = 0.005  # seconds of calls that are timed together
 _LEAST = 3  # blocks of each kernel
 
@@ -148,7 +149,14 @@ def tune(
         trials = [_Trial.of(op, case) for case in listed]
         for trial in _watched(trials, op.name):
             trial.run(min_run_time)
-    return Tuning(tuple(_choose(op, trials)), time.perf_counter() - begun)
+    report = Tuning(tuple(_choose(op, trials)), time.perf_counter() - begun)
+    for record in report.records:
+        _LOG.info(
+            "%s: %s: %s takes %s%s",
+            record.op, record.arguments, record.backend, measured.shown(record.seconds),
+            ", and is chosen" if record.chosen else "",
+        )  # fmt: skip
+    return report
 
 
 def _refuse(op: Op[..., Any]) -> None:

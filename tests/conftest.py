@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 
 import pytest
 
 from opkit import _config, _registry
 from opkit.dispatch import native, preference, select
+from opkit.testing.isolation import isolated
 
 
 def pytest_configure(config):
@@ -60,12 +60,6 @@ def registry():
     importlib.import_module(
         "opkit_kernels"
     )  # a test that looks ops up would load them, as if it defined them
-    before, additions = set(_registry._ops), {name: list(a) for name, a in _registry._additions.items()}
     select._warned.clear()
-    yield _registry
-    for name in set(_registry._ops) - before:
-        _registry.remove(name)
-    _registry._additions.clear()
-    _registry._additions.update(additions)
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
+    with isolated():
+        yield _registry

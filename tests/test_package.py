@@ -112,12 +112,12 @@ def test_unknown_name_raises_attribute_error():
 # ---------------------------------------------------------------- arrows point down
 
 RANKS = (
-    ("__main__",), ("cli",), ("testing.plugin",), ("plugins",), ("bench", "testing"),
+    ("__main__",), ("cli",), ("testing.plugin",), ("plugins",), ("bench",), ("notebook", "stubs", "testing"),
     ("_prepare", "_tune"), ("_cases",), ("_adopt",), ("_declare",), ("_make",), ("_op",),
     ("_kernels", "_rules", "_variants"), ("_compiled", "_inline"), ("_registry",),
     ("transforms",), ("dispatch",), ("cpp",),
     ("spec",), ("_frozen",), ("_torch_library",), ("_torch", "_torch_build", "_torch_compile", "_torch_device"),
-    ("_sources",), ("errors", "_config"),
+    ("_html", "_scaffold", "_sources"), ("_logs",), ("errors", "_config"),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 RANK["_config"] = RANK["errors"] - 0.5  # it raises ConfigError

@@ -18,7 +18,34 @@ from opkit import _frozen
 from opkit.cli import _completion
 from opkit.errors import OpkitError
 
-_COMMANDS = ("build", "cache", "doctor", "info", "ops", "plugins", "prepare")
+_COMMANDS = (
+    "bench",
+    "build",
+    "cache",
+    "check",
+    "doctor",
+    "info",
+    "new",
+    "ops",
+    "plugins",
+    "prepare",
+    "stubs",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads command lines; every command's module is imported for it."""
+    made = argparse.ArgumentParser(
+        prog="opkit", description="A toolkit for people who write PyTorch operators."
+    )
+    _completion.add_argument(made)
+    commands = made.add_subparsers(metavar="COMMAND", required=True)
+    for name in _COMMANDS:
+        module = importlib.import_module(f"opkit.cli.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,18 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after `opkit`; by default those of this process.
     """
-    parser = argparse.ArgumentParser(
-        prog="opkit", description="A toolkit for people who write PyTorch operators."
-    )
-    _completion.add_argument(parser)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in _COMMANDS:
-        module = importlib.import_module(f"opkit.cli.{name}")
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parser().parse_args(argv)
         with _frozen.thawed():  # OPKIT_FROZEN is about the processes after this one
             code: int = arguments.run(arguments)
         sys.stdout.flush()

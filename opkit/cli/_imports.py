@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
-from opkit.errors import OpkitError
+from opkit.errors import OpkitError, did_you_mean
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +52,36 @@ def run(names: Sequence[str]) -> None:
 def module_name(name: str) -> str:
     """Return the name in `sys.modules` of what `run` imported."""
     return Path(name).stem if name.endswith(".py") else name
+
+
+def find_function(option: str, text: str, *, returns: str) -> Callable[..., Any]:
+    """Return the function that an option names, `FILE.py:FUNCTION` or `MODULE:FUNCTION`; its file is imported.
+
+    Raises:
+        OpkitError: there is no such file or function; `returns` says what one is expected to return.
+    """
+    place, _, name = text.rpartition(":")
+    if not place:
+        raise OpkitError(
+            f"reading {option} {text}: found no function's name; expected a file or module, a colon and a function. "
+            f"Write for instance: {option} serving.py:cases."
+        )
+    if not _is_imported(place):  # a second time would define its ops anew
+        run([place])
+    module = sys.modules[module_name(place)]
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+        raise OpkitError(
+            f"reading {option} {text}: {place} has no function {name!r}; expected one of {', '.join(known) or 'some'}."
+            f"{did_you_mean(name, known)} Name the one that returns {returns}."
+        )
+    return cast("Callable[..., Any]", function)
+
+
+def _is_imported(place: str) -> bool:
+    file = getattr(sys.modules.get(module_name(place)), "__file__", None)
+    return file is not None and (not place.endswith(".py") or Path(file) == Path(place).resolve())
 
 
 def _run(name: str) -> None:

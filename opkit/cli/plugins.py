@@ -140,15 +140,9 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _new(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
+    from opkit.cli import new
 
-    from opkit.plugins import scaffold
-
-    for path in scaffold.write(arguments.name, arguments.kind, Path(arguments.into)):
-        print(path)
-    project = Path(arguments.into, f"opkit-{arguments.name}")
-    print(f"to try it: cd {project} && pip install -e '.[test]' && python -m pytest")
-    return 0
+    return new.plugin(arguments)
 
 
 def _test(arguments: argparse.Namespace) -> int:

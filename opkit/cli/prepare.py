@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from opkit.cli import _imports, _ops
-from opkit.errors import OpkitError, did_you_mean
+from opkit.errors import OpkitError
 
 HELP = "build, load and run the kernels that calls will need, so that later processes find them in the cache"
 
@@ -79,21 +78,7 @@ def _wanted(arguments: argparse.Namespace) -> tuple[list[str], dict[str, list[An
 
 def _cases(text: str, device: str | None) -> dict[str, list[Any]]:
     """Return the cases by the names of ops that a function gives, called in its file or module."""
-    place, _, name = text.rpartition(":")
-    if not place:
-        raise OpkitError(
-            f"reading --cases {text}: found no function's name; expected a file or module, a colon and a function. "
-            "Write for instance: --cases serving.py:cases."
-        )
-    _imports.run([place])
-    module = sys.modules[_imports.module_name(place)]
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-        raise OpkitError(
-            f"reading --cases {text}: {place} has no function {name!r}; expected one of {', '.join(known) or 'some'}."
-            f"{did_you_mean(name, known)} Name the one that returns the cases."
-        )
+    function = _imports.find_function("--cases", text, returns="the cases")
     try:
         takes = bool(inspect.signature(function).parameters)
         cases = function(device or "cpu") if takes else function()

@@ -27,11 +27,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from opkit import _config
+from opkit import _config, _logs
 from opkit.cpp import _live, _manifest, _roots
 from opkit.cpp._manifest import Manifest, Record
 from opkit.errors import BuildError
 
+_LOG = _logs.logger("cache")
+_BUILDS = _logs.logger("build")
 _NO_NAME = re.compile(r"[^A-Za-z0-9_.]+")
 _ATTEMPTS = 3
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -154,7 +156,10 @@ def obtain(key: Callable[[], str], *, label: str, build: Callable[[Workspace], P
     doing, prefix = f"building {label}", slug(label)
     name = f"{prefix}-{key()}"
     if library := _find(name, doing):
+        _LOG.info("%s: found in %s", label, library.parent)
         return library
+    _LOG.info("%s: in no cache", label)
+    _LOG.debug("%s: looked for %s in %s", label, name, ", ".join(map(str, roots())))
     from opkit import _frozen
     from opkit.cpp import _turn, tidy  # a hit needs none of these
 
@@ -169,6 +174,7 @@ def obtain(key: Callable[[], str], *, label: str, build: Callable[[Workspace], P
                 except FileNotFoundError:  # the cache folder went away
                     continue
             if library := _find(name, doing):
+                _LOG.info("%s: built meanwhile by another process, in %s", label, library.parent)
                 return library
             if turn.failure:
                 raise turn.failure
@@ -283,13 +289,17 @@ def _build(
 ) -> Path | None:
     """Build and publish; None where sources changed meanwhile, or the folder went away."""
     with workspace(name, label) as work:
+        _BUILDS.info("%s: building in %s", label, work.folder)
+        begun = time.monotonic()
         try:
             library = build(work)
+            _BUILDS.info("%s: built in %.2f s", label, time.monotonic() - begun)
             if f"{slug(label)}-{key()}" != name:
                 return None
             depends = work._records(seen)
             return None if depends is None else publish(work, library.name, label, depends)
         except Exception as error:
+            _BUILDS.error("%s: failed: %s", label, str(error).partition("\n")[0])
             if not work.folder.is_dir():
                 return None
             if isinstance(error, OSError) and error.errno in _NO_ROOM:
@@ -302,7 +312,9 @@ def _fetch(name: str, label: str) -> Path | None:
         return None
     from opkit.cpp import remote
 
-    return remote.fetch(url, name, label)
+    found = remote.fetch(url, name, label)
+    _LOG.info("%s: %s %s", label, "fetched from" if found else "not in", url)
+    return found
 
 
 def _settled(path: Path, is_library: bool) -> Record:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opkit import _logs
 from opkit.cpp import (
     _depfile,
     _includes,
@@ -37,6 +38,7 @@ from opkit.cpp.compilers import Compiler
 from opkit.cpp.toolchain import Options, Toolchain
 from opkit.errors import BuildError
 
+_LOG = _logs.logger("cache")
 _FORMAT = 3  # raise it when what is built from the same source changes
 _ENTRY = 1  # raise it when a library that was built before could no longer be called
 _MEMORY = 1 << 30  # bytes that a compiler may need without torch's full headers
@@ -86,6 +88,7 @@ class Job:
             BuildError: it does not compile; the error lines are in the text and in `diagnostics`.
         """
         if found := self.prebuilt():
+            _LOG.info("%s: the package carries it, %s", self.label, found)
             return found
         return cache.obtain(self.key, label=self.label, build=self.build)
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from opkit import _logs
 from opkit.cpp import _roots, cache
 from opkit.errors import BuildError, ConfigError
 
@@ -29,6 +30,7 @@ _WITHOUT_NVCC = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 _DEFAULT_ARCHITECTURES = ("8.0", "9.0+PTX")
 _AGAIN_AFTER = 1.0  # seconds until a compiler that was not there is looked for again
+_LOG = _logs.logger("build")
 _ARCHITECTURE = re.compile(r"\d{1,2}\.\d[af]?(\+PTX)?")
 # torch's names of generations, for TORCH_CUDA_ARCH_LIST=Hopper (torch/utils/cpp_extension.py, named_arches)
 _GENERATIONS = {
@@ -230,8 +232,19 @@ def build_environment(temporary: Path | None = None) -> dict[str, str]:
     }
 
 
+class _Quoted:
+    """A command as a shell takes it, put together only where it is read."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+
+    def __str__(self) -> str:
+        return shlex.join(self._command)
+
+
 def execute(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a compiler in a build's folder; what it says is all in `stdout`."""
+    _LOG.debug("$ %s", _Quoted(command))
     return subprocess.run(
         command,
         cwd=folder,

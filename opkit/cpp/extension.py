@@ -229,6 +229,11 @@ def build(
     return _library(job, tier)
 
 
+def loaded() -> list[ModuleType]:
+    """Return the modules that were loaded in this process."""
+    return list(_modules.values())
+
+
 def _library(job: Job, tier: str | None) -> Path:
     """Return the built library, by the driver of its tier."""
     tiers.check(f"building {job.name}", tier)

@@ -162,11 +162,13 @@ def _content(constant: Any) -> Any:
 
 def machine(device: str) -> str:
     """Return what measurements of a device type are valid for: a processor, its threads, and torch's version."""
-    if device == "cpu":
-        what = f"{_processor()} {torch.get_num_threads()} threads"
-    else:
-        what = f"{device} {_name_of(device)}".rstrip()
-    return f"{what} torch {torch.__version__}"
+    threads = f" {torch.get_num_threads()} threads" if device == "cpu" else ""
+    return f"{model(device)}{threads} torch {torch.__version__}"
+
+
+def model(device: str) -> str:
+    """Return the processor, or a device type with the name of what it is."""
+    return _processor() if device == "cpu" else f"{device} {_name_of(device)}".rstrip()
 
 
 def read(op: str, device: str) -> Measured:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from opkit._torch import in_profile, is_profiled
 from opkit.cpp.light import Bound, Source
 from opkit.dispatch import frozen, outputs, preference, select
 from opkit.dispatch import inplace as inplaces
@@ -98,6 +99,8 @@ class Runner:
 
     def _python(self, kernel: Kernel, values: tuple[Any, ...]) -> Any:
         function = cast("Callable[..., Any]", kernel.function)
+        if is_profiled():
+            function = in_profile(f"{self.schema.name}@{kernel.backend}", function)
         if not self.schema.keyword_only:
             return function(*values)
         args, kwargs = self.schema.split(values)
@@ -143,15 +146,17 @@ class Runner:
 
     def _native(self, kernel: Kernel, values: tuple[Any, ...]) -> Any:
         bound = self.bound(kernel, values)
-        plan = self.meta.plan
+        call, plan = bound.call, self.meta.plan
+        if is_profiled():
+            call = in_profile(f"{self.schema.name}@{kernel.backend}", call)
         if plan is not None and (self.meta.function is not None or plan.missing is not None):
             plan.infer(*values)  # the glue has no shape line to check them by
         if bound.allocates:
             metas, device = self.meta.expect(values)
-            returned = bound.call(*values)
+            returned = call(*values)
             return outputs.conform(self.schema, kernel.backend, values, returned, metas, device)
         try:
-            return bound.call(*values)
+            return call(*values)
         except RuntimeError:
             self.explain(kernel, values)
             raise

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from opkit import _html, _logs
 from opkit import _sources as sources
 from opkit.cpp.light import Source
 from opkit.dispatch import frozen, measured, preference
@@ -20,6 +21,8 @@ from opkit.dispatch.preference import Preference
 from opkit.dispatch.table import REFERENCE, Kernel, KernelTable
 from opkit.errors import NoKernelError, warn
 from opkit.spec.schema import Schema, tensors
+
+_LOG = _logs.logger("select")
 
 
 class Candidate(NamedTuple):
@@ -53,6 +56,14 @@ class Explanation:
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
             lines.append("  ".join(["", *cells, row[3]]).rstrip())
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [(c.backend, c.status, c.reason, c.source) for c in self.candidates]
+        shown = _html.table(("backend", "status", "reason", "source"), rows)
+        return f"{_html.titled(self.op, f' on {self.device}')}{shown}"
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:  # IPython in a terminal
+        printer.text(str(self))
 
 
 def device_of(schema: Schema, values: Sequence[Any]) -> str:
@@ -124,8 +135,13 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
                 kind = (*kind[:2], wanted._replace(inline=()))
             if kernel not in table.selected.get(kind, ()):
                 frozen.select(table, kind, kernel, values, rejected)
+                if _LOG.isEnabledFor(_logs.INFO):
+                    _tell(table, kernel, values, wanted, verdict, rejected)
             if kernel.backend == REFERENCE and REFERENCE not in (*(wanted.names or ()), verdict.winner):
-                _warn_of_fallback(table, device, rejected)
+                dtype = (
+                    None if wanted.required else first_dtype(values)
+                )  # what is stated of others is unknown
+                _warn_of_fallback(table, device, dtype, rejected)
             if lasting:
                 choices[key] = kernel
             return kernel
@@ -145,6 +161,24 @@ def choose(table: KernelTable, values: Sequence[Any]) -> Kernel:
         f"{_way_out(wanted)}.",
         op=table.schema.name,
     )
+
+
+def _tell(
+    table: KernelTable,
+    kernel: Kernel,
+    values: Sequence[Any],
+    wanted: Preference,
+    verdict: Verdict,
+    rejected: Sequence[tuple[Kernel, str]],
+) -> None:
+    """Log a choice that is new: of a kernel that no call of the kind ran before."""
+    name = table.schema.name
+    _LOG.info(
+        "%s: %s runs %s (%s)",
+        name, frozen.describe(table.schema, values), kernel.backend, _why(kernel, wanted, verdict),
+    )  # fmt: skip
+    for other, reason in rejected:
+        _LOG.debug("%s: not %s: %s", name, other.backend, reason)
 
 
 def _in_force(wanted: Preference) -> str:
@@ -287,18 +321,27 @@ _OF_A_REFERENCE = ("deterministic",)  # as it runs under torch's setting then; s
 _warned: set[str] = set()
 
 
-def _warn_of_fallback(table: KernelTable, device: str, rejected: list[tuple[Kernel, str]]) -> None:
-    """Say once per op that its reference runs although it has kernels."""
+def _warn_of_fallback(
+    table: KernelTable, device: str, dtype: torch.dtype | None, rejected: list[tuple[Kernel, str]]
+) -> None:
+    """Say once per op that its reference runs although it has kernels, or somebody has one for it."""
     name = table.schema.name
-    if name in _warned or len(table.all()) == 1 or table.quiet:
+    if name in _warned or table.quiet:
+        return
+    lone = len(table.all()) == 1
+    advice = sources.advice(name, device, None if dtype is None else _short(dtype), lone=lone)
+    if lone and not advice:
         return
     _warned.add(name)
-    if rejected:
+    if lone:
+        reasons = "it has no kernel"
+    elif rejected:
         reasons = "; ".join(f"{k.backend}: {reason}" for k, reason in rejected)
     else:
         devices = ", ".join(sorted({k.device for k in table.all() if k.device != "any"}))
         reasons = f"its kernels are for {devices}"
     warn(
-        f"{name} runs its reference on {device}, which may be slow: {reasons}. Register a kernel for this "
+        f"{name} runs its reference on {device}, which may be slow: {reasons}. "
+        f"{advice + ' Or register' if advice else 'Register'} a kernel for this "
         'case, or accept it with opkit.use_backend("reference").'
     )

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from opkit import _config
+from opkit import _config, _logs
 from opkit import _sources as sources
 from opkit.errors import DuplicateOpError, PluginError, did_you_mean
 from opkit.plugins import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from opkit._op import Op
     from opkit.plugins.natives import Refusal
 
+_LOG = _logs.logger("plugins")
 _states: list[State] | None = None
 _depth = 0  # of calls that report what failed when they end
 
@@ -52,6 +54,9 @@ def states() -> list[State]:
         if _states is None:
             with store.writing():
                 _states = resolve.resolve(catalog.installed())
+            for state in _states:
+                why = f", {state.status}: {state.reason}" if state.is_out else ""
+                _LOG.info("%s: found, %s%s", state.found.name, state.found.source, why)
         return _states
 
 
@@ -141,7 +146,7 @@ def call(state: State) -> None:
             return
         for other in conflicts.before(state, states()):
             call(other)
-        registry = Registry(state.found.source)
+        registry, begun = Registry(state.found.source), time.monotonic()
         before = remembered.snapshot()
         try:
             calls.entry_point(state, registry)
@@ -156,6 +161,7 @@ def call(state: State) -> None:
         finally:
             registry.close()
         state.called, state.registry = True, registry
+        _LOG.info("%s: called %s in %.2f s", state.found.name, state.found.value, time.monotonic() - begun)
         _accept(state, registry.registrations)
         remembered.note(state, registry, before)
 
@@ -221,6 +227,8 @@ def _register(state: State) -> None:
     manifest = state.manifest
     if manifest is None or not state.wants_ops:
         return
+    for entry in manifest.kernels:
+        _LOG.debug("%s: brings a kernel for %s", state.found.name, entry)
     promises.make(manifest, functools.partial(_define, state))
     state.stand_ins = [StandIn(entry, state, fetch) for entry in manifest.kernels]
     for stand_in in state.stand_ins:
@@ -258,6 +266,7 @@ def _fill(stand_in: StandIn) -> None:
         _fail(stand_in.state, error)
         return
     mark_loaded(stand_in.state)
+    _LOG.info("%s: made its kernel for %s", stand_in.state.found.name, stand_in.entry)
 
 
 def _accept(state: State, registrations: Sequence[Registration]) -> None:
@@ -306,6 +315,7 @@ def _guarded(state: State, kernel: str, register: Callable[[], None]) -> None:
 
 
 def _fail(state: State, error: BaseException) -> None:
+    _LOG.error("%s: %s raised %s", state.found.name, state.doing, describe(error))
     if isinstance(error, DuplicateOpError):
         other = next(
             (s for s in states() if s is not state and s.registry and error.op in s.registry.ops), None

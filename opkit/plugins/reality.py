@@ -147,7 +147,7 @@ def _differences(state: State, said: Manifest) -> Iterator[str]:
         except (Exception, SystemExit) as error:
             yield f"calling {state.found.value} raised {describe(error)}"
         registry.close()
-    yield from _of_function(said, registry)
+    yield from _of_function(said, registry, _ops_of_import(state))
     for entry in said.kernels:
         if entry.factory:
             yield from _of_factory(StandIn(entry, state, loader.fetch))
@@ -156,12 +156,20 @@ def _differences(state: State, said: Manifest) -> Iterator[str]:
     yield from (note for note in state.notes if not note.startswith("as its manifest says"))
 
 
-def _of_function(said: Manifest, registry: Registry) -> Iterator[str]:
-    """Yield how what the function registered differs from what the manifest names."""
+def _ops_of_import(state: State) -> set[str]:
+    """Return the ops that are defined where the plugin's modules are imported, as those of a package for users are."""
+    from opkit import _registry
+
+    own = state.found.module.partition(".")[0]
+    return {op.name for op in _registry.all_ops() if op.__module__.partition(".")[0] == own}
+
+
+def _of_function(said: Manifest, registry: Registry, imported: set[str]) -> Iterator[str]:
+    """Yield how what the function registered, and the import defined, differs from what the manifest names."""
     named = {entry[:3]: entry for entry in said.kernels}
     registered = {(r.op, r.device, r.backend): r for r in registry.registrations}
     for what, here, there in (
-        ("op", set(registry.ops), set(said.ops)),
+        ("op", imported | set(registry.ops), set(said.ops)),
         ("toolchain", set(registry.toolchains), {said.toolchain.name} if said.toolchain else set()),
     ):
         for name in sorted(here - there):

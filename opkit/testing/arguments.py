@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opkit._op import Op
+from opkit.dispatch.preference import use_backend
+from opkit.transforms.formula import NoFormula, differentiable_arguments
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -99,6 +102,69 @@ def reference(op: Op[..., Any]) -> Callable[..., Any]:
     return op.schema.adapt(op.reference)
 
 
+def chosen(op: Op[..., Any], values: Sequence[Any], backend: str) -> bool:
+    """Whether a call is given to a backend where that is preferred."""
+    args, kwargs = op.schema.split(op.schema.restore(values))
+    with use_backend(backend):
+        return op.explain(*args, **kwargs).selected == backend
+
+
+def differentiable(op: Op[..., Any]) -> frozenset[str]:
+    """Return the names of the arguments that the op has gradients for; none where it has no formula."""
+    rule = op._formula
+    if isinstance(rule, NoFormula) and (op._tangents or rule.tangents) is None:
+        return frozenset()
+    params = differentiable_arguments(op.schema, op._meta.plan, rule.non_differentiable)
+    return frozenset(p.name for p in params)
+
+
+def is_random(op: Op[..., Any]) -> bool:
+    """Whether the op draws random numbers, so that no two calls give the same."""
+    return torch.Tag.nondeterministic_seeded in op.overload.tags
+
+
 def reason(error: Exception) -> str:
     """Return an error as one line."""
     return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def shown(op: Op[..., Any], values: Sequence[Any]) -> str:
+    """Return the arguments of a call as one line: `x: float32[2, 5] strides (1, 2), eps=1e-06`.
+
+    Example:
+        >>> import opkit, torch
+        >>> opkit.testing.arguments.shown(opkit.get("opkit::swiglu"), [torch.ones(2, 3), torch.ones(3, 2).t()])
+        'gate: float32[2, 3], up: float32[2, 3] strides (1, 2)'
+    """
+    parts = []
+    for param, value in zip(op.schema.params, op.schema.restore(values), strict=True):
+        if isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and _has_tensors(value)):
+            parts.append(f"{param.name}: {_described(value)}")
+        else:
+            parts.append(f"{param.name}={value!r}")
+    return ", ".join(parts)
+
+
+def _has_tensors(values: Iterable[Any]) -> bool:
+    return any(isinstance(v, Tensor) for v in values)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_described, value))}]"
+    if not isinstance(value, Tensor):
+        return repr(value)
+    text = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if value.device.type != "cpu":
+        text += f" on {value.device}"
+    if not value.is_contiguous():
+        text += f" strides {tuple(value.stride())}"
+    elif value.storage_offset():
+        text += f" offset {value.storage_offset()}"
+    return text
+
+
+def count(values: Sequence[Any]) -> int:
+    """Return how many elements the largest tensor of a call has."""
+    listed = [v for one in values for v in (one if isinstance(one, (list, tuple)) else [one])]
+    return max((math.prod(v.shape) for v in listed if isinstance(v, Tensor)), default=0)

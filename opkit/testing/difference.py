@@ -86,7 +86,7 @@ def largest(found: Any, expected: Any) -> float:
     """Return the largest difference of elements; 0 where it is not finite or there is none."""
     if not (isinstance(found, Tensor) and isinstance(expected, Tensor) and found.numel()):
         return 0.0
-    off = (found.detach().to(expected.dtype) - expected.detach()).abs().max().item()
+    off = _off(found, expected).abs().max().item()
     return off if math.isfinite(off) else 0.0
 
 
@@ -96,5 +96,11 @@ def usual(found: Any, expected: Any) -> float:
         return 0.0
     if found.shape != expected.shape:  # it depends on the data, and they were rounded
         return 0.0
-    off = found.detach().to(expected.dtype) - expected.detach()
-    return off[off.isfinite()].square().mean().sqrt().nan_to_num().item()
+    off = _off(found, expected)
+    return off[off.isfinite()].abs().square().mean().sqrt().nan_to_num().item()
+
+
+def _off(found: Tensor, expected: Tensor) -> Tensor:
+    """Return by how much elements are off, in a dtype that torch subtracts in."""
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    return found.detach().to(wide) - expected.detach().to(wide)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,11 +12,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from opkit._op import Op
+from opkit.dispatch.preference import use_backend
 from opkit.errors import GradientError
 from opkit.testing.arguments import (
     FLOATING,
     cast,
     castable,
+    chosen,
     copied,
     mapped,
     named,
@@ -28,12 +31,21 @@ from opkit.testing.difference import difference, largest, tolerance
 from opkit.testing.report import Record
 from opkit.transforms.formula import NoFormula, differentiable_arguments
 
+_CHECKS = {"second derivative": "second derivatives", "tangent": "forward mode", "jvp": "forward mode"}
+
 Tensors = dict[str, Tensor]
 Derivatives = Mapping[str, Tensor | None]
 
 
-def records(op: Op[..., Any], values: Sequence[Any]) -> Iterator[Record]:
-    """Yield what is found of the formula, the jvp and the second derivatives."""
+def records(op: Op[..., Any], values: Sequence[Any], backend: str = "") -> Iterator[Record]:
+    """Yield what is found of the formula, the jvp and the second derivatives, with forward run by a backend."""
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        for record in _records(op, values, backend):
+            check = next((c for start, c in _CHECKS.items() if record.what.startswith(start)), "gradients")
+            yield record._replace(backend=backend, check=check)
+
+
+def _records(op: Op[..., Any], values: Sequence[Any], backend: str) -> Iterator[Record]:
     rule = op._formula
     has_jvp = (op._tangents or rule.tangents) is not None
     missing = None
@@ -44,7 +56,7 @@ def records(op: Op[..., Any], values: Sequence[Any]) -> Iterator[Record]:
     elif torch.Tag.nondeterministic_seeded in op.overload.tags:
         missing = "the op draws random numbers"
     if missing is not None:
-        yield Record(op.name, "", "gradient", "skipped", missing)
+        yield Record(op.name, "", "gradient", "not applicable", missing)
         return
     params = differentiable_arguments(op.schema, op._meta.plan, rule.non_differentiable)
     wanted = frozenset(p.name for p in params)
@@ -55,6 +67,14 @@ def records(op: Op[..., Any], values: Sequence[Any]) -> Iterator[Record]:
     }
     for dtype in FLOATING if names else (None,):
         given = tuple(values) if dtype is None else cast(op, values, dtype)
+        if backend and not chosen(op, given, backend):
+            text = (
+                f"it does not take {str(dtype).removeprefix('torch.')}"
+                if dtype
+                else "it does not take this call"
+            )
+            yield Record(op.name, backend, "gradient", "not applicable", text)
+            continue
         case = _Case(op, given, wanted, f"in {str(dtype).removeprefix('torch.')}" if dtype else "as given")
         try:
             with torch.no_grad():
@@ -63,7 +83,7 @@ def records(op: Op[..., Any], values: Sequence[Any]) -> Iterator[Record]:
             if dtype is None or dtype in own:
                 yield case.record("call", "failed", reason(err), "a result")
             else:
-                yield case.record("gradient", "skipped", f"the op does not run, {reason(err)}")
+                yield case.record("gradient", "not applicable", f"the op does not run, {reason(err)}")
             continue
         if has_jvp:
             yield from case.forward()
@@ -105,7 +125,7 @@ class _Case:
     def backward(self, *, twice: bool) -> Iterator[Record]:
         leaves, results = self._recorded(self.op.overload, copied)
         if not results:
-            yield self.record("gradient", "skipped", "no result of the op has a gradient")
+            yield self.record("gradient", "not applicable", "no result of the op has a gradient")
             return
         along = {name: _drawn(name, o) for name, o in results.items()}
         try:
@@ -115,7 +135,9 @@ class _Case:
                 raise RuntimeError("its results have no history")
             right = _pulled(wide, its, along, twice=False)
         except Exception as err:
-            yield self.record("gradient", "skipped", f"the reference cannot be differentiated, {reason(err)}")
+            yield self.record(
+                "gradient", "not applicable", f"the reference cannot be differentiated, {reason(err)}"
+            )
             return
         try:
             found = _pulled(leaves, results, along, twice=False)
@@ -135,7 +157,9 @@ class _Case:
         try:
             expected = _pulled_twice(wide, its, along, again)
         except Exception as err:
-            yield self.record(what, "skipped", f"the reference cannot be differentiated twice, {reason(err)}")
+            yield self.record(
+                what, "not applicable", f"the reference cannot be differentiated twice, {reason(err)}"
+            )
             return
         try:
             found = _pulled_twice(leaves, results, along, again)
@@ -143,7 +167,7 @@ class _Case:
             # A formula without one of its own says so when it is asked; a wrong one is the op's fault.
             loud = isinstance(err, GradientError) and err.op != self.op.name
             if loud or "once_differentiable" in str(err):
-                yield self.record(what, "skipped", f"the formula has none, {reason(err)}")
+                yield self.record(what, "not applicable", f"the formula has none, {reason(err)}")
             else:
                 yield self.record(what, "failed", reason(err), "that of the reference")
             return
@@ -182,7 +206,9 @@ class _Case:
         try:
             right = self._pushed(self.reference, widened)
         except Exception as err:
-            yield self.record("jvp", "skipped", f"the reference cannot be differentiated, {reason(err)}")
+            yield self.record(
+                "jvp", "not applicable", f"the reference cannot be differentiated, {reason(err)}"
+            )
             return
         try:
             # Torch makes no dual number of memory that overlaps, so this is a plain copy.

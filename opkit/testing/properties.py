@@ -43,7 +43,7 @@ def _deterministic(op: Op[..., Any], values: Sequence[Any]) -> tuple[str, str, s
             torch.set_num_threads(threads)
             for _ in range(REPEATS):
                 for name, value in outcome(op, values).items():
-                    if not _same(value, first[name]):
+                    if not same(value, first[name]):
                         found = f"other bits in {name} with {threads} threads than in the first call with {before}"
                         return "failed", found, "the same bits from the same arguments"
     finally:
@@ -63,7 +63,7 @@ def _batch_invariant(op: Op[..., Any], values: Sequence[Any]) -> tuple[str, str,
         None,
     )
     if star is None:
-        return "skipped", "no argument has a leading *b in the shape line", ""
+        return "not applicable", "no argument has a leading *b in the shape line", ""
 
     def batch(entry: Any, tensor: Tensor) -> tuple[int, ...]:
         """Return the sizes of its *b; none where it has no such dimensions."""
@@ -75,7 +75,7 @@ def _batch_invariant(op: Op[..., Any], values: Sequence[Any]) -> tuple[str, str,
     shape = max(sizes, key=len, default=())
     rows = torch.Size(shape).numel()
     if rows < 2:
-        return "skipped", f"the batch is {tuple(shape)}; pass one of several rows", ""
+        return "not applicable", f"the batch is {tuple(shape)}; pass one of several rows", ""
 
     def row(entry: Any, tensor: Tensor, index: Sequence[int]) -> Tensor:
         count = len(batch(entry, tensor))
@@ -91,21 +91,25 @@ def _batch_invariant(op: Op[..., Any], values: Sequence[Any]) -> tuple[str, str,
             if not isinstance(value, Tensor) or not batch(entry, value):
                 continue
             compared = True
-            if not _same(row(entry, whole[name], index), value):
+            if not same(row(entry, whole[name], index), value):
                 return (
                     "failed",
                     f"other bits in {name} at {index} of the batch than for that row alone",
                     "the same bits",
                 )
-    return ("passed", "", "") if compared else ("skipped", f"no result has a leading *{star}", "")
+    return ("passed", "", "") if compared else ("not applicable", f"no result has a leading *{star}", "")
 
 
 def _graph_safe(op: Op[..., Any], values: Sequence[Any]) -> tuple[str, str, str]:
     """Say that nothing is tested: a CUDA graph is what it is about, and this check captures none."""
-    return "skipped", "it is about the capture in a CUDA graph, which takes a GPU; capture a call there", ""
+    return (
+        "not applicable",
+        "it is about the capture in a CUDA graph, which takes a GPU; capture a call there",
+        "",
+    )
 
 
-def _same(left: Any, right: Any) -> bool:
+def same(left: Any, right: Any) -> bool:
     """Whether two results are the same to the bit."""
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return left is right or bool(left == right) or (left != left and right != right)

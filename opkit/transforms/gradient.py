@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opkit import _torch, _torch_compile, _torch_library
-from opkit.dispatch.native.description import Derivation
+from opkit.dispatch.native.description import Derivation, FunctionValue, OpValue, RuleValue
 from opkit.errors import GradientError
 from opkit.spec.schema import Schema
 from opkit.transforms import double_backward, forward_mode, mutation
@@ -197,6 +197,10 @@ def derivation(schema: Schema, kernel: Callable[..., Any], formula: Callable[[],
     def check(index: int, lengths: Any, grad: Any, shape: Any, like: Tensor) -> None:
         _check_gradient(schema, index, lengths, grad, (torch.Size(shape), like.dtype, like.device))
 
+    def described() -> OpValue | FunctionValue | RuleValue:
+        rule = formula()
+        return rule.described()._replace(settled=mutation.is_settled(schema, rule))
+
     def flatten(found: Any, lengths: Any) -> list[Any]:
         _refuse_plain(schema, found)
         flat = _laid_flat(schema, found, lengths)
@@ -208,7 +212,7 @@ def derivation(schema: Schema, kernel: Callable[..., Any], formula: Callable[[],
     return Derivation(
         f"{schema.opname}Backward",
         twin,
-        lambda: formula().described(),
+        described,
         lost,
         functools.partial(double_backward.tracked, schema),
         again,

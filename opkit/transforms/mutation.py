@@ -83,6 +83,12 @@ def refuse_lost_gradients(schema: Schema, values: Sequence[Any], formula: Formul
             )
 
 
+def is_settled(schema: Schema, formula: Formula) -> bool:
+    """Whether all that an op writes into is said to have no gradient, and its results have one."""
+    named = all(p.name in formula.non_differentiable for p in schema.params if p.mutated)
+    return named and bool(schema.results) and not isinstance(formula, NoFormula)
+
+
 def _has_gradients(value: Any) -> bool:
     """Whether a tensor, or one in a list, is of a dtype that can be differentiated."""
     return any(t.is_floating_point() or t.is_complex() for t in tensors([value]))

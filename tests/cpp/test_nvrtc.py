@@ -265,7 +265,7 @@ def test_a_library_that_does_not_load_is_named(tmp_path):
     ],
 )
 def test_shipped_sources_build_and_every_kernel_is_there(tmp_path, source):
-    path = ROOT / "kernels" / source if source else ROOT / "examples" / "04_cuda_kernel.cu"
+    path = ROOT / "kernels" / source if source else ROOT / "examples" / "03_cuda_kernel.cu"
     library = build(f'#define OPKIT_OP "a::b"\n#include "{path}"\n', tmp_path, sources=[path])
     compiled, content = symbols(library), library.read_bytes()
     kernel = r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\("

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 ROOT = Path(opkit.__file__).parent.parent
-EXAMPLE = ROOT / "examples" / "07_prebuilt_package"
+EXAMPLE = ROOT / "examples" / "11_prebuilt_package"
 OTHER_PYTHON = os.environ.get("OPKIT_TEST_OTHER_PYTHON")
 NOTHING = {"PATH": "", "CXX": "/nonexistent/g++", "CUDA_HOME": "/nonexistent"}  # no compiler is found
 

@@ -1697,7 +1697,7 @@ def python_frames(call: Callable[[], Any]) -> list[str]:
                 without_formula,
             )
         ),  # fmt: skip
-        *((m, True) for m in (square, light, optional, typed)),
+        *((m, True) for m in (square, light, optional, typed, mutating_with_result)),
     ],
 )
 def test_nothing_of_opkit_in_python_runs_where_nothing_is_special(made, maker, gradients):

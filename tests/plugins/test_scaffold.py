@@ -33,7 +33,7 @@ def test_a_project_holds_together(tmp_path, kind):
     project = tmp_path / "opkit-fast"
     for file in files:
         text = (project / file).read_text()
-        assert not re.search("yourname|ENTRY", text), file
+        assert not re.search(r"yourname|\{\{ ?(name|entry)|\{%", text), file
         if file.endswith(".py"):
             compile(text, file, "exec")
     told = toml.loads((project / "pyproject.toml").read_text())["project"]
@@ -112,7 +112,9 @@ def test_an_unknown_kind(tmp_path):
 
 def test_a_folder_that_exists_is_left_alone(tmp_path):
     (tmp_path / "opkit-fast").mkdir()
-    with pytest.raises(PluginError, match=r"opkit-fast exists; expected a folder that does not.*by --into"):
+    with pytest.raises(
+        opkit.OpkitError, match=r"opkit-fast exists; expected a folder that does not.*by --into"
+    ):
         scaffold.write("fast", "device", tmp_path)
     assert list((tmp_path / "opkit-fast").iterdir()) == []
 

@@ -307,8 +307,8 @@ def test_arguments_are_derived_from_the_shape_line():
         return x @ w
 
     (x, w, more, k, eps), kwargs = calls.derived(f, 5)
-    assert (x.shape, w.shape, k, eps, kwargs) == ((2, 5), (5, 6), 7, 1e-6, {"up": False})
-    assert [one.shape for one in more] == [(14,), (14,)]
+    assert (x.shape, w.shape, k, eps, kwargs) == ((2, 5), (5, 6), 1, 1e-6, {"up": False})
+    assert [one.shape for one in more] == [(2,), (2,)]
     assert calls.derived(f, 1)[0][0].shape == (1,)
     assert calls.derived(f, 0)[0][0].shape == (0, 4)
     large = calls.derived(f, calls.LARGE)[0]
@@ -334,7 +334,7 @@ def test_layouts_have_the_same_values():
     (x,), _ = calls.derived(g, 5)
     laid = dict(calls.layouts(g, (x,)))
     strides = {name: values[0].stride() for name, values in laid.items()}
-    assert strides == {"contiguous": (6, 1), "transposed": (1, 5), "sliced": (26 // 2, 2), "expanded": (6, 0)}
+    assert strides == {"contiguous": (6, 1), "transposed": (1, 5), "sliced": (26 // 2, 2), "expanded": (0, 1)}
     for name in ("contiguous", "transposed", "sliced"):
         assert laid[name][0].equal(x)
 

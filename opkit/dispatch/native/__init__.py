@@ -18,13 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from opkit import _config, _frozen
+from opkit import _config, _frozen, _logs
 from opkit import _sources as sources
 from opkit.errors import BuildError
 
 if TYPE_CHECKING:
     from opkit.dispatch.native.background import Watch
 
+_LOG = _logs.logger("native")
 _core: ModuleType | None = None
 _looked = False  # for a library that is at hand
 _settled = False  # nothing is left to be decided in `need`
@@ -190,6 +191,7 @@ def _start() -> None:
     from opkit.dispatch.native import background
 
     _reason = "it is being built in the background"
+    _LOG.info("Python runs the ops until the core is built, in the background")
     _watch = background.Watch(ready=_arrived, over=_failed)
     _watch.start()
 
@@ -222,6 +224,7 @@ def _load(path: Path) -> None:
 
     module = library.load(path)
     _core, _looked, _settled, _reason = module, True, True, None
+    _LOG.info("the core runs ops from now on: %s", path)
     sources.listen(choose_anew)
     while _waiting:
         _waiting.pop(0)()
@@ -230,6 +233,7 @@ def _load(path: Path) -> None:
 def _turn_off(reason: str) -> None:
     global _off, _reason
     _off, _reason = True, reason
+    _LOG.info("Python runs the ops: %s", reason)
     _waiting.clear()
 
 

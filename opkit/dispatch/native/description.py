@@ -88,6 +88,8 @@ class RuleValue(NamedTuple):
     save: Callable[..., Any]
     gradients: Callable[..., Any]
     form: int = 2
+    settled: bool = False
+    """Whether all that the op writes into is said to have no gradient; here and below."""
 
 
 class FunctionValue(NamedTuple):
@@ -99,6 +101,7 @@ class FunctionValue(NamedTuple):
     counted: Callable[..., Any]
     """Gets what `backward` returned where that is not a gradient for each argument."""
     form: int = 1
+    settled: bool = False
 
 
 class OpValue(NamedTuple):
@@ -117,6 +120,7 @@ class OpValue(NamedTuple):
     rule: RuleValue
     object: Any
     form: int = 0
+    settled: bool = False
 
 
 class Derivation(NamedTuple):

@@ -14,6 +14,7 @@ from opkit._op import Op
 from opkit.errors import ArgumentError, OpkitError
 from opkit.plugins.manifest import KernelEntry
 from opkit.testing.arguments import mapped, reason
+from opkit.testing.devices import is_there
 from opkit.testing.plugin import calls, fresh
 from opkit.testing.plugin.calls import Call, Case
 from opkit.testing.plugin.subject import Subject, find
@@ -82,7 +83,7 @@ class Shared:
 
     def _op(self, kernel: KernelEntry) -> Op[..., Any]:
         self._subject()
-        if kernel.device != "cpu" and not _is_there(kernel.device):
+        if not is_there(kernel.device):
             pytest.skip(f"there is no device {kernel.device} here")
         op = opkit.find(kernel.op)
         if op is None:
@@ -134,8 +135,3 @@ class Shared:
     def _fail(self, doing: str, found: Sequence[str], expected: str) -> NoReturn:
         lines = "".join(f"\n  {one}" for one in found)
         pytest.fail(f"the plugin {self.name}, {doing}: expected {expected}; found:{lines}", pytrace=False)
-
-
-def _is_there(device: str) -> bool:
-    module = getattr(torch, device, None)
-    return module is not None and bool(module.is_available())

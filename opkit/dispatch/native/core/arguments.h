@@ -24,6 +24,7 @@ struct Arguments {
   const at::Tensor* first = nullptr;                   // also in lists
   c10::DispatchKeySet keys;                            // of all tensors
   bool requires_grad = false;                          // one of them at least
+  bool observed = false;                               // whether a profile is taken of the call
 
   // Reads the arguments of a Python call; false where one of them is not what the fast path takes.
   bool bind(const Record& record, PyObject* const* args, size_t count, PyObject* keywords);

@@ -82,6 +82,7 @@ struct BoxedCall {
     const InPython within;
     Arguments held(std::move(arguments));
     held.wrap(*record, arguments_on(stack));
+    held.observed = is_profiled();
     const Calling calling(*record);
     const Chosen kernel = select(*record, held);
     const Returned returned = run(*record, *kernel, held);
@@ -98,6 +99,7 @@ struct BoxedCall {
     }
     try {
       at::AutoDispatchBelowAutograd below;
+      const Range range(kernel, true);
       run_native(kernel, key, stack);
     } catch (const std::exception&) {
       stack.resize(base + count);
@@ -172,6 +174,7 @@ struct AutogradCall final : BoxedCall {
       const InPython within;
       Arguments held(std::move(arguments));
       held.wrap(*record, arguments_on(*stack));
+      held.observed = is_profiled();
       const Calling calling(*record);
       const Chosen kernel = select(*record, held);
       const Returned returned = differentiate(record, *kernel, held);

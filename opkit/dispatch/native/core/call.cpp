@@ -49,6 +49,12 @@ Chosen select(Record& record, const Arguments& arguments) {
   } else {
     kernel->function = Ref::borrow(function);
   }
+  if (lasting || arguments.observed) {
+    const Ref backend = Ref::steal(PyObject_GetAttrString(owner, "backend"));
+    const char* name = backend ? PyUnicode_AsUTF8(backend.get()) : nullptr;
+    if (name == nullptr) { throw_python_error(); }
+    kernel->label = record.name + "@" + name;
+  }
   if (lasting) { record.remember(when, kernel, before); }
   return Chosen(std::move(kernel));
 }
@@ -201,7 +207,11 @@ Returned run_function(Record& record, const Kernel& kernel, Arguments& arguments
              !record.plan->fits(arguments.tensors, arguments.keys, arguments.ints, derived)) {
     return run_in_python(record, arguments);  // which says what does not fit
   }
-  Ref returned = call_function(record, kernel.function.get(), arguments);
+  const auto called_now = [&] {
+    const Range range(kernel, arguments.observed);
+    return call_function(record, kernel.function.get(), arguments);
+  };
+  Ref returned = called_now();
   Found found;
   const bool open = kernel.expected && !said;  // only Python can compare them
   const c10::ArrayRef<OutputMeta> metas = said ? *said : c10::ArrayRef<OutputMeta>(derived);
@@ -241,6 +251,7 @@ Returned run_library(Record& record, const Kernel& kernel, Arguments& arguments)
   try {
     torch::PyWarningHandler warnings;
     try {
+      const Range range(kernel, arguments.observed);
       WithoutGil released;
       run_native(kernel, device_key(*arguments.first), stack);
     } catch (...) {

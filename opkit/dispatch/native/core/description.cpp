@@ -178,6 +178,7 @@ std::shared_ptr<const Formula> read_formula(PyObject* object) {
   const Reader reader(object);
   auto formula = std::make_shared<Formula>();
   formula->form = static_cast<Formula::Form>(reader.number("form"));
+  formula->settled = reader.truth("settled");
   reader.each("constant",
               [&](PyObject* one) { formula->constant.push_back(PyObject_IsTrue(one) == 1); });
   if (formula->form == Formula::Function) {

@@ -48,6 +48,14 @@ bool is_watched() {
   return now.get() != Py_None;
 }
 
+// Whether autograd loses nothing by what a call writes: the twin refuses it otherwise.
+bool is_settled(const Record& record, const Arguments& arguments) {
+  return record.formula()->settled &&
+         arguments.all(record, [&](size_t i, const at::Tensor& tensor) {
+           return !record.params[i].mutated || !tensor.requires_grad();
+         });
+}
+
 // Runs a call, unless something special is about it.
 bool serve(const std::shared_ptr<Record>& record, const State& state, PyObject* const* args,
            size_t flags, PyObject* keywords, Returned& returned) {
@@ -55,7 +63,8 @@ bool serve(const std::shared_ptr<Record>& record, const State& state, PyObject* 
   if (!arguments.bind(*record, args, static_cast<size_t>(PyVectorcall_NARGS(flags)), keywords) ||
       arguments.first == nullptr || is_overridden(*record, *arguments.first) ||
       (state.autocast && record->autocast) ||
-      (record->mutates && arguments.requires_grad && c10::GradMode::is_enabled())) {
+      (record->mutates && arguments.requires_grad && c10::GradMode::is_enabled() &&
+       (state.below_autograd || !is_settled(*record, arguments)))) {
     return false;
   }
   const bool derive = arguments.requires_grad && !state.below_autograd &&

@@ -50,7 +50,8 @@ struct Kernel {
   };
 
   How how;
-  Kept owner;  // opkit's Kernel
+  Kept owner;         // opkit's Kernel
+  std::string label;  // op@backend, for profiles; of a kernel of one call, only where one is taken
   Kept function;
   std::optional<c10::OperatorHandle> handle;
   Kept keeps;                          // what has to stay for `handle` to be valid
@@ -89,6 +90,7 @@ struct Formula {
   const int64_t id = next_id();
   Form form;
   std::vector<bool> constant;  // for each result, whether it has no gradient by declaration
+  bool settled;                // whether all that the op writes into is said to have none
   // of an Op
   c10::OperatorName op{"", ""};                // looked up for each call, as it may be defined anew
   std::vector<std::pair<bool, size_t>> saves;  // (is an output, place)

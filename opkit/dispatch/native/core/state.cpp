@@ -3,7 +3,6 @@
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/ThreadLocalPythonObjects.h>
-#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/PyInterpreter.h>
 
@@ -34,10 +33,18 @@ State State::now() {
   return state;
 }
 
-bool is_observed() {
+bool is_observed() { return at::impl::torch_function_mode_enabled() || is_profiled(); }
+
+bool is_profiled() {
   // at::hasCallbacks() takes a lock and copies what it counts.
-  return at::impl::torch_function_mode_enabled() ||
-         at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
+  return at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
+}
+
+void Range::begin(const Kernel& kernel) {
+  auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+  if (!callbacks) { return; }
+  recorded_.emplace(std::move(*callbacks));
+  recorded_->before(std::string_view(kernel.label));
 }
 
 PyObject* preference() {

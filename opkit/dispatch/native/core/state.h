@@ -3,6 +3,8 @@
 
 #include "record.h"
 
+#include <ATen/record_function.h>
+
 namespace opkit_core {
 
 struct State {
@@ -15,6 +17,22 @@ struct State {
 
 // Whether something is to see the call itself: a profiler, a mode over torch's functions.
 bool is_observed();
+
+// Whether a profile is taken of this thread.
+bool is_profiled();
+
+// The run of a kernel, as a profile shows it inside of its op.
+class Range {
+ public:
+  Range(const Kernel& kernel, bool observed) {
+    if (observed) { begin(kernel); }
+  }
+
+ private:
+  void begin(const Kernel& kernel);
+
+  std::optional<at::RecordFunction> recorded_;
+};
 
 // Whether this thread prefers, or requires, certain kernels.
 bool has_preference();
