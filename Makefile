@@ -23,10 +23,11 @@ BESIDE := tests/plugins tests/cli tests/testing/test_plugin_kit.py
 FROM_WHEELS := tests/plugins/test_wheels.py
 WHEELS := build/wheels
 CORE := $(BIN)/python -m opkit build --native
+OF_CORE := tests/dispatch/test_native_path.py tests/dispatch/test_native_life.py
 NATIVE := find opkit kernels plugins examples tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test beside lint bench soak sanitize test-torch bench-torch wheels carry carry-torch clean
+.PHONY: help demo test beside lint docs bench soak sanitize test-torch bench-torch wheels carry carry-torch clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,18 +78,24 @@ lint: $(READY) ## check style and types
 	$(BIN)/python -m mypy
 	@echo "clang-format --dry-run"; $(NATIVE) | xargs -r $(BIN)/clang-format --dry-run -Werror
 
+docs: $(READY) ## build the documentation, which opens from its folder, too (needs Python 3.11)
+	@rm -rf build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file tests/docs/mkdocs.yml
+	@echo "build/site/index.html"
+
 bench: $(READY) ## measure opkit against its peers (minutes), or some of it: make bench BENCH=call
 	@$(CORE)
 	@for script in tests/benchmarks/$(if $(filter *,$(BENCH)),[!_]*,$(BENCH)).py; do \
 	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
 	done
 
-soak: $(READY) ## run the long campaigns: property tests with 5000 examples each, builders killed at random
+soak: $(READY) ## run the long campaigns: 5000 examples of each property, builders killed at random, kernels under ASan
 	$(BIN)/python -m pytest -m "soak or hypothesis" --hypothesis-profile=soak $(PYTEST_ARGS)
+	$(call under,address$(comma)undefined,asan ubsan,tests/kernels -k "not inductor")
 
 sanitize: $(READY) ## run the native core's tests under AddressSanitizer and UBSan, those with threads under ThreadSanitizer
-	$(call under,address$(comma)undefined,asan ubsan,)
-	$(call under,thread,tsan,-k "thread and not interpreter")
+	$(call under,address$(comma)undefined,asan ubsan,$(OF_CORE))
+	$(call under,thread,tsan,$(OF_CORE) -k "thread and not interpreter")
 
 test-torch: ## run every test on another torch, in an environment of its own: make test-torch VERSION=2.15.0
 	$(call on_other_torch,test)
@@ -118,7 +125,8 @@ clean: ## remove the virtual environments and everything built
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Builds the core with sanitizers, in a cache of its own, and runs its tests in a Python that has these preloaded.
+# Builds the core and kernels with sanitizers, in a cache of its own, and runs tests in a Python that has these
+# preloaded. What else compiles with CXX, as Inductor does, takes no flags there.
 # Python and torch are not built with them: what they never free is no finding, and order that they keep is unseen.
 comma := ,
 define under
@@ -129,7 +137,7 @@ define under
   CXX="$(CXX) -fsanitize=$(1) -fno-omit-frame-pointer -g1" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
   LD_PRELOAD="$(foreach name,$(2),$(shell $(CXX) -print-file-name=lib$(name).so))" \
-  $(BIN)/python -m pytest -s tests/dispatch/test_native_path.py tests/dispatch/test_native_life.py $(3) $(PYTEST_ARGS)
+  $(BIN)/python -m pytest -s $(3) $(PYTEST_ARGS)
 endef
 
 # CUDA's libraries come in the versions that this torch asks for, everything else as in constraints.txt.

@@ -3,15 +3,18 @@
 A Triton module has a function for each op declared there, of its name and arguments, that launches its kernel and
 returns the results. It imports triton, which may be missing, so nothing imports it before such a kernel is called.
 Under TRITON_INTERPRET=1 Triton runs kernels in Python, to look into them, and they take tensors on the CPU too.
+It puts functions of its own into triton.language while one runs, so that then they run one at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,10 @@ import opkit
 from opkit_kernels._flags import CFLAGS
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+_turn: contextlib.AbstractContextManager[object] = (
+    threading.RLock() if _INTERPRETS else contextlib.nullcontext()
+)
 _INCLUDES = (Path(__file__).parent / "include",)
 
 
@@ -60,7 +67,7 @@ def register_files(
         dtypes=dtypes,
         properties=(*properties, "graph_safe"),
     )
-    for device in ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",):
+    for device in ("cuda", "cpu") if _INTERPRETS else ("cuda",):
         op.register_kernel(
             device,
             _launcher(f"{module}_triton", symbol),
@@ -84,7 +91,7 @@ def _launcher(module: str, name: str) -> Callable[..., Any]:
         first = _first_tensor((*args, *kwargs.values()))
         if first is None:  # empty lists
             return function()(*args, **kwargs)
-        with torch.cuda.device_of(first):  # Triton launches on the current one
+        with _turn, torch.cuda.device_of(first):  # Triton launches on the current one
             return function()(*args, **kwargs)
 
     return launch

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import doctest
-import io
 import os
 import re
 import shlex
@@ -14,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import documents
+
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+BLOCKS = [(block.kind, block.body) for block in documents.blocks(ROOT / "README.md")]
 
 
 def test_readme_blocks_are_of_known_kinds():
@@ -25,16 +23,7 @@ def test_readme_blocks_are_of_known_kinds():
 
 @pytest.mark.slow
 def test_readme_python_prints_what_the_readme_says(registry):
-    namespace: dict[str, object] = {"__name__": "readme"}
-    printed = ""
-    for kind, body in BLOCKS:
-        if kind == "python":
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
-                exec(compile(body, "README.md", "exec"), namespace)
-            printed = out.getvalue()
-        elif kind == "text":
-            assert doctest.OutputChecker().check_output(body, printed, FLAGS), printed
+    documents.run(ROOT / "README.md")
 
 
 def test_readme_plugin_is_found_and_its_kernel_runs(tmp_path):

@@ -5,6 +5,9 @@ Importing this imports triton.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 4096
+# Triton's interpreter puts functions of its own into triton.language while a kernel runs: one at a time.
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+_turn: contextlib.AbstractContextManager[object] = (
+    threading.RLock() if _INTERPRETS else contextlib.nullcontext()
+)
 
 
 @triton.jit
@@ -71,7 +79,7 @@ def scaled_softmax() -> Callable[..., Tensor]:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if x.numel():
             rows = _rows(x)
-            with torch.cuda.device_of(x):  # Triton launches on the current device
+            with _turn, torch.cuda.device_of(x):  # Triton launches on the current device
                 softmax_rows[(len(rows),)](rows, y, rows.shape[1], *rows.stride(), scale, **_launch(rows))
         return y
 
@@ -86,7 +94,7 @@ def scaled_softmax_backward() -> Callable[..., Tensor]:
         if y.numel():
             grads, rows = _rows(grad_y), _rows(y)
             strides = (*grads.stride(), *rows.stride())
-            with torch.cuda.device_of(y):
+            with _turn, torch.cuda.device_of(y):
                 softmax_rows_backward[(len(rows),)](
                     grads, rows, grad_x, rows.shape[1], *strides, scale, **_launch(rows)
                 )

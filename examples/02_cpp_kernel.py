@@ -1,7 +1,7 @@
 """What this teaches: a C++ kernel, compiled on first use.
 
 The exponential moving average is a recurrence: in Python it is a loop of small tensor operations, in C++ a few
-lines. 03_cpp_kernel.cpp has them. Its source is hashed, compiled once for all processes and found again after;
+lines. 02_cpp_kernel.cpp has them. Its source is hashed, compiled once for all processes and found again after;
 the shape line becomes C++ that checks the arguments and allocates y.
 
 A kernel needs only <opkit/kernel.h>. For sources with torch's headers or pybind11 there is opkit.cpp.load.
@@ -39,7 +39,7 @@ def save(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
 
 
 ema.register_autograd(backward, setup_context=save)
-ema.register_kernel("cpu", opkit.cpp.kernel("03_cpp_kernel.cpp"))  # the path is relative to this file
+ema.register_kernel("cpu", opkit.cpp.kernel("02_cpp_kernel.cpp"))  # the path is relative to this file
 
 # z is declared nowhere: what does the error look like
 BROKEN = """\

@@ -1,6 +1,6 @@
 """What this teaches: a C++ class for Python, beside an op.
 
-Not everything beside a model is a tensor. 08_pybind11_module.cpp is a byte-pair tokenizer, a C++ class that
+Not everything beside a model is a tensor. 14_pybind11_module.cpp is a byte-pair tokenizer, a C++ class that
 pybind11 gives to Python. It includes no header of torch, so `opkit.cpp.load` builds it with PyPI's pybind11
 (pip install 'torch-opkit[pybind]') in seconds; what includes torch/extension.h gets torch's own pybind11.
 Either way the library is found by its content: a second run compiles nothing.
@@ -20,7 +20,7 @@ TEXT = (
 
 def main() -> None:
     """Build the tokenizer, and turn a text into a tensor and back."""
-    module = opkit.cpp.load("bytepairs", HERE / "08_pybind11_module.cpp", extra_cflags=["-O2"])
+    module = opkit.cpp.load("bytepairs", HERE / "14_pybind11_module.cpp", extra_cflags=["-O2"])
     merges = module.Merges(TEXT, count=24)
     tokens = torch.tensor(merges.encode(TEXT))
     print(f"{len(TEXT)} bytes are {len(tokens)} tokens of a vocabulary of {256 + len(merges)}")
@@ -29,7 +29,7 @@ def main() -> None:
     unseen = "never seen: ä"
     assert merges.decode(merges.encode(unseen)) == unseen.encode()
 
-    again = opkit.cpp.load("bytepairs", HERE / "08_pybind11_module.cpp", extra_cflags=["-O2"])
+    again = opkit.cpp.load("bytepairs", HERE / "14_pybind11_module.cpp", extra_cflags=["-O2"])
     assert again is module
     try:
         merges.decode([10_000])

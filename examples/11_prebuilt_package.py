@@ -1,9 +1,9 @@
 """What this teaches: a package that ships its kernels compiled.
 
-07_prebuilt_package/ is a complete one: an op with a C++ and a CUDA kernel, and a setup.py of one call. To build a
+11_prebuilt_package/ is a complete one: an op with a C++ and a CUDA kernel, and a setup.py of one call. To build a
 wheel of your own, where torch and opkit are installed:
 
-    pip wheel --no-build-isolation --no-deps ./07_prebuilt_package
+    pip wheel --no-build-isolation --no-deps ./11_prebuilt_package
 
 This file does it in a temporary folder, looks into the wheel, installs it there, and runs the op where no compiler
 is found and nothing is cached. The wheel is for every Python 3 and every torch from 2.11 on this platform. With nvcc
@@ -22,7 +22,7 @@ import torch
 
 import opkit
 
-PACKAGE = Path(__file__).parent / "07_prebuilt_package"
+PACKAGE = Path(__file__).parent / "11_prebuilt_package"
 
 
 def application() -> None:

@@ -1,6 +1,6 @@
 """What this teaches: a CUDA kernel.
 
-04_cuda_kernel.cu is registered as a C++ kernel is, for the device "cuda": nvcc compiles it on first use, and
+03_cuda_kernel.cu is registered as a C++ kernel is, for the device "cuda": nvcc compiles it on first use, and
 opkit.stream() is torch's current stream. The compiler needs no GPU: where nvcc is installed, this file proves
 that the kernel compiles; where there is a GPU too, it runs it.
 """
@@ -30,7 +30,7 @@ def l2_normalize(x: Tensor, eps: float = 1e-12) -> Normalized:
 
 l2_normalize.register_autograd(opkit.from_reference)
 l2_normalize.register_kernel(
-    "cuda", opkit.cpp.kernel("04_cuda_kernel.cu"), dtypes=(torch.float32, torch.float16, torch.bfloat16)
+    "cuda", opkit.cpp.kernel("03_cuda_kernel.cu"), dtypes=(torch.float32, torch.float16, torch.bfloat16)
 )
 
 

@@ -1,9 +1,9 @@
 """What this teaches: a distribution that adds kernels to ops of other people.
 
-06_plugin/ is a complete one: a pyproject.toml with an entry point in the group "opkit.plugins", and a module with
+07_plugin/ is a complete one: a pyproject.toml with an entry point in the group "opkit.plugins", and a module with
 the function that it names. An application finds it by having it installed, without importing it:
 
-    pip install ./06_plugin
+    pip install ./07_plugin
 
 This file is the application. It runs itself without the plugin, with it, with plugins turned off, and with a
 broken one. So that nothing of your environment changes, `install` writes what pip would into a temporary folder.
@@ -70,7 +70,7 @@ def run(title: str, **variables: str) -> str:
 def main() -> None:
     """Run the application in four environments."""
     with tempfile.TemporaryDirectory() as folder:
-        install(Path(__file__).parent / "06_plugin", Path(folder))
+        install(Path(__file__).parent / "07_plugin", Path(folder))
         path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
 
         without = run("without the plugin")
