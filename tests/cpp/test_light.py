@@ -735,12 +735,16 @@ def flags_at(address: int) -> set[str]:
     return set()
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with large pages")
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with large pages"
+)
 def test_large_output_lies_on_large_pages():
     @opkit.op("lt::filled", shapes=" -> n:float32")
     def filled(n: int, device: torch.device) -> Tensor: ...
 
-    body = "void filled(int64_t n, Device device, Tensor y) { for (auto i = n; i--;) y.data<float>()[i] = 1; }"
+    body = (
+        "void filled(int64_t n, Device device, Tensor y) { for (auto i = n; i--;) y.data<float>()[i] = 1; }"
+    )
     filled.register_kernel("cpu", kernel(body))
     page = 2 << 20
     for mib, expected in ((64, True), (16, False)):

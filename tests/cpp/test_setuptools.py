@@ -450,8 +450,8 @@ def test_module_from_elsewhere_is_refused(project) -> None:
 
 def test_missing_torch_is_said_in_one_sentence(project, monkeypatch: pytest.MonkeyPatch) -> None:
     made = project()
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(opkit.BuildError) as caught:
+    with monkeypatch.context() as patch, pytest.raises(opkit.BuildError) as caught:
+        patch.setitem(sys.modules, "torch", None)
         made.build()
     text = str(caught.value)
     assert text.startswith(f"building {made.package}: torch does not import here (")
