@@ -43,8 +43,9 @@ def run(names: Sequence[str]) -> None:
                     f"importing {name}: there is no such module or file; expected a module that Python finds, or "
                     "a path to a .py file. Correct it, or start in the folder that has it."
                 ) from None
+            said = str(error).rstrip(".")
             raise OpkitError(
-                f"importing {name}: it failed with {type(error).__name__}: {error}. Expected it to import; run "
+                f"importing {name}: it failed with {type(error).__name__}: {said}. Expected it to import; run "
                 f"{'python ' + name if name.endswith('.py') else 'python -m ' + name} to see where it fails."
             ) from error
 

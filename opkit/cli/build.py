@@ -73,8 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
             except BuildError as error:
                 row["reason"] = str(error)
         if not arguments.json:
-            told = row["library"] or row["reason"]
-            print(f"{op.name} [{kernel.backend}] {told}", file=sys.stdout if row["library"] else sys.stderr)
+            label = f"{op.name} [{kernel.backend}]"
+            told = row["library"] or row["reason"].removeprefix(f"building {label}: ")
+            print(f"{label} {told}", file=sys.stdout if row["library"] else sys.stderr)
     if arguments.json:
         print(json.dumps(rows, indent=2))
     return int(any(not row["library"] and not row["reason"].startswith("skipped") for row in rows))

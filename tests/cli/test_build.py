@@ -63,7 +63,7 @@ def test_build_shows_an_error_and_goes_on(script, capsys):
     assert build("--import", "clibuild_ops.py") == 1
     shown = capsys.readouterr()
     assert "clibuild::minus [text] /" in shown.out
-    assert "clibuild::plus [cpp] building clibuild::plus [cpp]: 1 error, at " in shown.err
+    assert "clibuild::plus [cpp] 1 error, at " in shown.err
     assert "Traceback" not in shown.err
 
 
@@ -95,11 +95,14 @@ def test_compdb_is_written_for_the_users_files_and_compiles_nothing(script, caps
         (["opkit::vector_add", "--backend", "fast"], "there are no native kernels of the backend fast"),
         (["--import", "nowhere"], "importing nowhere: there is no such module or file"),
         (["--import", "nowhere.py"], "importing nowhere.py: there is no such module or file"),
-        (["--import", "broken.py"], "importing broken.py: it failed with ValueError: no."),
+        (
+            ["--import", "broken.py"],
+            "importing broken.py: it failed with ValueError: no. Expected it to import; run ",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_one_text(script, capsys, words, text):
-    (script.parent / "broken.py").write_text('raise ValueError("no")')
+    (script.parent / "broken.py").write_text('raise ValueError("no.")')
     assert build(*words) == 1
     error = capsys.readouterr().err
     assert text in error
