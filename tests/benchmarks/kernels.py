@@ -15,11 +15,12 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _measure import FOLDER, calling, machine, ratio, rounds, save, table
+from _measure import FOLDER, Run, calling, machine, ratio, rounds, save, table
 from torch import Tensor
 
 import opkit_kernels as ops
@@ -27,6 +28,7 @@ import opkit_kernels as ops
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = (8, 64, 1024, 16384)  # of 1024: in float32 32 KiB, 256 KiB, 4 MiB and 64 MiB
 N = 1024
+ROWS_ON_GPU = (64, 16384, 131072)  # 256 KiB, 64 MiB and 512 MiB
 PAGE = 2 << 20
 STREAMING = ("vector_add", "rms_norm", "layer_norm", "add_rms_norm", "swiglu", "geglu", "rope", "adamw_step")
 Function = Callable[..., Any]
@@ -66,16 +68,18 @@ def _channels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.rand(32, dtype=x.dtype), torch.rand(32, dtype=x.dtype)
 
 
-_RUNNING = torch.zeros(32), torch.ones(32)
+@functools.cache
+def _running(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.zeros(32, device=device), torch.ones(32, device=device)
 
 
 def _batch_norm_eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    mean, var = (r.to(weight.dtype) for r in _RUNNING)
+    mean, var = (r.to(weight.dtype) for r in _running(x.device))
     return F.batch_norm(x, mean, var, weight, bias, training=True)
 
 
 def _batch_norm(function: Function) -> Function:
-    return lambda x, weight, bias: function(x, weight, bias, *_RUNNING)
+    return lambda x, weight, bias: function(x, weight, bias, *_running(x.device))
 
 
 def _op(op: Any) -> tuple[Function, Function]:
@@ -163,7 +167,8 @@ CASES: Mapping[str, Case] = {
     ),
     "adamw_step": Case(
         lambda *tensors: torch._fused_adamw_(  # type: ignore[call-overload]
-            *([t] for t in tensors), [], [torch.tensor(3.0)], lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.01,
+            *([t] for t in tensors), [], [tensors[0].new_tensor(3.0, dtype=torch.float32)],
+            lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.01,
             eps=1e-8, amsgrad=False, maximize=False,
         ),
         lambda *tensors: ops.adamw_step.reference(*([t] for t in tensors), *_STEP),
@@ -220,8 +225,34 @@ def copying_anew(size: float, written: float) -> Callable[[], object]:
     return call
 
 
-def measure(case: Case, rows: int, dtype: torch.dtype, backward: bool) -> dict[str, list[float]]:
+def calling_on(device: str, call: Callable[[], object]) -> Run:
+    """Return what calls a number of times; on a GPU the time is that between two events of its stream."""
+    if device == "cpu":
+        return calling(call)
+
+    def run(number: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(number):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return run
+
+
+def measure(case: Case, rows: int, dtype: torch.dtype, backward: bool, device: str) -> dict[str, list[float]]:
     """Return the seconds of each candidate in each round."""
+    with torch.device(device):
+        calls = candidates(case, rows, dtype, backward)
+    for call in calls.values():
+        call()
+    return rounds({name: calling_on(device, call) for name, call in calls.items()}, repeats=9, at_least=0.004)
+
+
+def candidates(case: Case, rows: int, dtype: torch.dtype, backward: bool) -> dict[str, Callable[[], object]]:
+    """Return a call of each, with arguments on the default device."""
     x = torch.randn(rows, N).to(dtype)
     args = case.arguments(x)
     torch._dynamo.reset()
@@ -236,22 +267,22 @@ def measure(case: Case, rows: int, dtype: torch.dtype, backward: bool) -> dict[s
     size = moved.read * x.numel() * x.element_size() + written
     calls: dict[str, Callable[[], object]] = {
         "copy": copying(size),
-        "copy anew": copying_anew(size, written) if written >= 32 << 20 else copying(size),
+        # On a GPU, torch has had the memory before.
+        "copy anew": copying_anew(size, written) if written >= 32 << 20 and not x.is_cuda else copying(size),
     }
     for name, function in functions.items():
         calls[name] = (
             with_backward(function, args, case.constants) if backward else functools.partial(function, *args)
         )
-        calls[name]()
-    return rounds({name: calling(call) for name, call in calls.items()}, repeats=9, at_least=0.004)
+    return calls
 
 
 PEERS = ("eager", "compiled", "copy", "copy anew")
 Found = dict[tuple[str, str, str], dict[int, dict[str, float]]]
 
 
-def draw(name: str, found: Found) -> None:
-    """Draw how many times as fast as its peers an op is."""
+def draw(name: str, found: Found, device: str) -> Path:
+    """Draw how many times as fast as its peers an op is, and return the picture's path."""
     from matplotlib.figure import Figure
 
     panels = [(key, sizes) for key, sizes in found.items() if key[0] == name]
@@ -273,9 +304,11 @@ def draw(name: str, found: Found) -> None:
         axes.set_ylabel("times as fast as")
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False)
-    figure.suptitle(f"opkit::{name} ({machine()})")
+    figure.suptitle(f"opkit::{name} on {device} ({machine()})")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FOLDER / f"kernels-{name}.svg")
+    path = FOLDER / f"kernels-{device}-{name}.svg"
+    figure.savefig(path)
+    return path
 
 
 def show(found: Found, times: dict[tuple[str, str, str], dict[int, float]]) -> None:
@@ -290,7 +323,7 @@ def show(found: Found, times: dict[tuple[str, str, str], dict[int, float]]) -> N
         table(f"{dtype}, {way}: how many times as fast opkit is", header, lines, note="medians of 9 rounds; ")
 
 
-def summary(found: Found) -> dict[str, float]:
+def summary(found: Found, large: int) -> dict[str, float]:
     """Return what the goals are about."""
 
     def mean(peer: str, names: Collection[str]) -> float:
@@ -298,7 +331,6 @@ def summary(found: Found) -> dict[str, float]:
         return math.exp(statistics.mean(logs)) if logs else math.nan
 
     several = {name for name, case in CASES.items() if not case.single}
-    large = max(ROWS) * N
     return {
         "as compiled": mean("compiled", CASES),
         "as eager, where that is several kernels": mean("eager", several),
@@ -317,6 +349,14 @@ def summary(found: Found) -> dict[str, float]:
 
 def main() -> None:
     names = sys.argv[1:] or list(CASES)
+    run(names, "cpu", ROWS)
+    if torch.cuda.is_available():
+        run(names, "cuda", ROWS_ON_GPU)
+    else:
+        print("on a GPU: not measured, as torch.cuda finds none")
+
+
+def run(names: list[str], device: str, sizes: tuple[int, ...]) -> None:
     found: Found = {}
     times: dict[tuple[str, str, str], dict[int, float]] = {}
     for name in names:
@@ -324,17 +364,20 @@ def main() -> None:
             for backward in (False, True) if CASES[name].both else (False,):
                 key = name, str(dtype).removeprefix("torch."), "forward + backward" if backward else "forward"
                 found[key], times[key] = {}, {}
-                for rows in ROWS:
-                    taken = measure(CASES[name], rows, dtype, backward)
+                for rows in sizes:
+                    taken = measure(CASES[name], rows, dtype, backward, device)
                     found[key][rows * N] = {peer: 1 / ratio(taken, "opkit", peer) for peer in PEERS}
                     times[key][rows * N] = statistics.median(taken["opkit"]) * 1e6
-        draw(name, found)
-        print(f"{name}: measured, and drawn as {FOLDER / f'kernels-{name}.svg'}", file=sys.stderr)
+        path = draw(name, found, device)
+        print(f"{name}: measured, and drawn as {path}", file=sys.stderr)
     show(found, times)
-    means = summary(found)
+    means = summary(found, max(sizes) * N)
     for text, value in means.items():
         print(f"{value:.2f}  {text}")
-    save("kernels", {"ratios": {f"{', '.join(key)}": sizes for key, sizes in found.items()}, "means": means})
+    save(
+        f"kernels-{device}",
+        {"ratios": {f"{', '.join(key)}": sizes for key, sizes in found.items()}, "means": means},
+    )
 
 
 if __name__ == "__main__":
