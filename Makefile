@@ -18,7 +18,7 @@ CALLS := tests/dispatch tests/transforms tests/kernels/test_rms_norm.py \
   --ignore=tests/dispatch/test_native_build.py --ignore=tests/transforms/test_fingerprint.py  # in processes of their own
 AGAIN := $(MAKE) --no-print-directory  # under this name, as a dry run runs lines with $(MAKE)
 # Most of these start processes.
-BESIDE := tests/plugins tests/cli tests/testing/test_plugin_kit.py
+BESIDE := tests/plugins tests/cli tests/docs tests/testing/test_plugin_kit.py tests/test_examples.py tests/test_readme.py
 # The suite that each plugin's TestPlugin is, run once: on all of them, from their wheels.
 FROM_WHEELS := tests/plugins/test_wheels.py
 WHEELS := build/wheels

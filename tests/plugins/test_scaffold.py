@@ -44,7 +44,13 @@ def test_a_project_holds_together(tmp_path, kind):
     assert (said.device is not None) == (kind == "device")
 
 
-@pytest.mark.parametrize("kind", scaffold.KINDS)
+@pytest.mark.parametrize(
+    "kind",  # one in Python is tested from its wheel, in test_wheels.py
+    [
+        pytest.param(kind, marks=pytest.mark.soak if kind == "kernel-python" else ())
+        for kind in scaffold.KINDS
+    ],
+)
 @pytest.mark.slow
 def test_a_new_plugin_passes_its_own_tests(tmp_path, kind):
     """The device's library takes half a minute to compile, with the compiler to itself."""
