@@ -359,6 +359,7 @@ def main() -> None:
 def run(names: list[str], device: str, sizes: tuple[int, ...]) -> None:
     found: Found = {}
     times: dict[tuple[str, str, str], dict[int, float]] = {}
+    measure(CASES[names[0]], sizes[0], DTYPES[0], False, device)  # what is compiled first is slow for a while
     for name in names:
         for dtype in DTYPES:
             for backward in (False, True) if CASES[name].both else (False,):
