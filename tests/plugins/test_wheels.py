@@ -19,6 +19,7 @@ import pytest
 
 import opkit
 from opkit.plugins import scaffold
+from tests import documents
 
 pytestmark = pytest.mark.slow
 
@@ -112,3 +113,20 @@ def test_a_plugin_passes_the_suite_from_its_wheel(environment, name):
         line for line in done.stdout.splitlines() if line.startswith("SKIPPED") and not line.endswith(SKIPPED)
     ]
     assert not unknown
+
+
+@pytest.mark.parametrize("name", [name for name in NEEDS if name != "written"])
+def test_the_python_of_a_plugins_readme_runs(environment, name, tmp_path):
+    if NEEDS[name] and importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed, which the plugin {name} needs")
+    blocks = documents.blocks(ROOT / "plugins" / f"opkit-{name}" / "README.md")
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(block.body for block in blocks if block.kind == "python"))
+    assert program.read_text()
+    told = {"refdev": {"OPKIT_DEVICE": "refdev"}, "triton": {"TRITON_INTERPRET": "1"}}.get(name, {})
+    cache = {"OPKIT_CACHE_PATH": str(Path("~/.cache/opkit").expanduser())}
+    done = subprocess.run(
+        [environment / "bin/python", program],
+        env={**alone(), **cache, **told}, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
