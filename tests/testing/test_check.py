@@ -24,33 +24,16 @@ from opkit_kernels import (
     swiglu_backward,
     vector_add,
 )
+from tests.testing.cubes import cubing, register
 
 pytestmark = pytest.mark.usefixtures("registry")
 
-# What these tests are about takes no compiler; test_check_more.py has the rest.
+# What these tests are about takes no compiler; test_whole_check.py has the rest.
 QUICK = ("schema", "meta", "results", "gradients", "second derivatives", "forward mode", "properties")
 
 
 def check(op, *args, **kwargs):
     return opkit.testing.check(op, *args, checks=QUICK, **kwargs)
-
-
-def cubing():
-    """x ** 3, with a formula that is right in each derivative."""
-
-    @opkit.op("t::cube", shapes="*b n, n -> *b n:x")
-    def cube(x: Tensor, w: Tensor) -> Tensor:
-        return (x.double() ** 3 * w.double()).to(x.dtype) if x.dtype != torch.float64 else x**3 * w
-
-    def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @cube.register_autograd(setup_context=save)
-    def _(ctx, grad):
-        x, w = ctx.saved_tensors
-        return grad * 3 * x**2 * w, (grad * x**3).sum_to_size(w.shape)
-
-    return cube
 
 
 def arguments(rows=(3,)):
@@ -203,10 +186,6 @@ def test_meta_is_compared_field_by_field(monkeypatch):
         assert record.found == "torch.float32 of (3, 4) on cpu with the strides (4, 1)"
     monkeypatch.setattr(cube._meta, "expect", lambda values: ([right], real))
     assert next(results._against_meta(cube, "cpp", (x, w), found)).status == "passed"
-
-
-def register(op, formula):
-    op.register_autograd(formula, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def test_a_wrong_formula_is_named_by_argument_and_dtype():

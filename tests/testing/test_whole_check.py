@@ -13,26 +13,9 @@ from torch import Tensor
 import opkit
 from opkit.testing import CheckError, check, opchecks
 from opkit.testing.report import CHECKS, Record, Report
+from tests.testing.cubes import cubing, register
 
 pytestmark = pytest.mark.usefixtures("registry")
-
-
-def cubing():
-    """x ** 3 * w, with a formula that is right in each derivative."""
-
-    @opkit.op("w::cube", shapes="*b n, n -> *b n:x")
-    def cube(x: Tensor, w: Tensor) -> Tensor:
-        return x**3 * w
-
-    def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @cube.register_autograd(setup_context=save)
-    def _(ctx, grad):
-        x, w = ctx.saved_tensors
-        return grad * 3 * x**2 * w, (grad * x**3).sum_to_size(w.shape)
-
-    return cube
 
 
 def failures(op, *checks, **options):
@@ -67,7 +50,7 @@ def test_a_right_op_passes_everything_and_the_report_is_of_80_columns():
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= 80
     assert (
-        lines[0] == f"w::cube: {len(report.records) - 1} passed, 0 failed, 1 not applicable, with 14 inputs"
+        lines[0] == f"t::cube: {len(report.records) - 1} passed, 0 failed, 1 not applicable, with 14 inputs"
     )
     text = " ".join(str(report).split())
     for sentence in CHECKS.values():
@@ -166,10 +149,6 @@ def test_each_test_of_opcheck_has_a_line_of_its_own(name, monkeypatch):
     failed = failures(cube, *opchecks.TESTS)
     assert set(failed) == {(name, "reference")}
     assert failed[name, "reference"].found == "ValueError: broken"
-
-
-def register(op, formula):
-    op.register_autograd(formula, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def test_a_wrong_gradient_is_found_by_small_steps_too():
@@ -280,7 +259,7 @@ def test_a_kernel_that_does_not_build_is_tried_once(monkeypatch):
     cube = cubing()
     cube.register_kernel("cpu", opkit.cpp.kernel("#error nothing here\n"))
     builds = []
-    raised = opkit.BuildError("building w::cube [cpp]: 1 error")
+    raised = opkit.BuildError("building t::cube [cpp]: 1 error")
 
     def native(self, kernel, values):
         builds.append(kernel.backend)
@@ -291,7 +270,7 @@ def test_a_kernel_that_does_not_build_is_tried_once(monkeypatch):
         check(cube, checks=["results", "vmap", "thread safety"])
     report = caught.value.report
     assert builds == ["cpp"]
-    assert [r.found for r in report.failed] == ["BuildError: building w::cube [cpp]: 1 error"]
+    assert [r.found for r in report.failed] == ["BuildError: building t::cube [cpp]: 1 error"]
     assert {r.found for r in report.of("vmap", "cpp")} == {"none of its calls runs"}
     assert {r.status for r in report.of("vmap", "reference")} == {"passed"}
 
@@ -358,10 +337,10 @@ def test_only_some_backends_and_checks():
     cube.register_kernel("cpu", lambda x, w: x, backend="wrong")
     report = check(cube, backends=["reference"], checks=["results"])
     assert {(r.backend, r.check) for r in report.records} == {("reference", "results")}
-    with pytest.raises(opkit.BackendError, match=r"checking w::cube: it has no kernel of the backend 'rong'; expected "
+    with pytest.raises(opkit.BackendError, match=r"checking t::cube: it has no kernel of the backend 'rong'; expected "
                        r"some of wrong, reference\. Did you mean 'wrong'\?"):  # fmt: skip
         check(cube, backends=["rong"])
-    with pytest.raises(opkit.OpkitError, match=r"checking w::cube: found the check 'result'; expected some of schema.*"
+    with pytest.raises(opkit.OpkitError, match=r"checking t::cube: found the check 'result'; expected some of schema.*"
                        r"Did you mean 'results'\? Name one"):  # fmt: skip
         check(cube, checks=["result"])
     with pytest.raises(
@@ -402,7 +381,7 @@ def test_a_report_as_json_markdown_and_html():
     error = report_of_a_failure()
     report = error.report
     content = json.loads(report.to_json())
-    assert (content["op"], content["ok"], content["backends"]) == ("w::cube", False, ["wrong", "reference"])
+    assert (content["op"], content["ok"], content["backends"]) == ("t::cube", False, ["wrong", "reference"])
     assert content["counts"]["failed"] == len(report.failed)
     assert content["tolerances"]["float64"] == 1e-9
     assert set(content["checks"]) == {"results", "gradcheck"}
@@ -422,7 +401,7 @@ def test_the_error_says_each_failure_once_with_how_many_inputs_alike():
     error = report_of_a_failure()
     lines = str(error).splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("checking w::cube: found ")
+    assert lines[0].startswith("checking t::cube: found ")
     assert lines[1].startswith(
         "  failed  wrong: result out for small: x: float32[2, 5], w: float32[5]: found "
     )
@@ -437,7 +416,7 @@ def test_the_error_says_each_failure_once_with_how_many_inputs_alike():
 def test_a_failure_in_the_text_has_input_found_and_expected():
     text = str(report_of_a_failure().report)
     block = text[text.index("What failed") :].splitlines()
-    assert block[2].startswith("  w::cube wrong: result out (and for ")
+    assert block[2].startswith("  t::cube wrong: result out (and for ")
     assert [line.split()[0] for line in block[3:] if line.startswith("    ") and line[4] != " "] == [
         "input", "found", "expected",
     ]  # fmt: skip
